@@ -1,0 +1,164 @@
+"""Intel Neural Compressor 3.x as a host: trials run through its own `autotune`, files are its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from neural_compressor.torch.export import export as host_export
+from neural_compressor.torch.quantization import INT8StaticQuantConfig, TuningConfig, autotune, load
+from neural_compressor.torch.quantization import quantize as host_quantize
+from torch import Tensor, nn
+
+from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
+from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
+from inc_clusterq.errors import ModelError
+from inc_clusterq.models import FloatModel
+from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.tuning import Score, Trial, TrialRecord, TuningOutcome, TuningRequest
+
+__all__ = ["MRECGConfig", "NeuralCompressorAdaptor"]
+
+EXPORT_TOLERANCE = 1e-3  # of the largest output
+MOST_IMAGES_PER_CALL = 4096  # bound of the batch dimension that the exporter is told
+BATCH = 64  # images per calibration call
+
+logger = logging.getLogger("neural_compressor")
+
+
+class NeuralCompressorAdaptor:
+    """Runs trials through the host's `autotune`."""
+
+    name = "neural_compressor"
+
+    def export(self, model: FloatModel) -> nn.Module:
+        """The host's export with a free batch dimension, checked against the original.
+
+        Raises:
+            ModelError: the model cannot be exported, or the exported graph computes something else.
+        """
+        example = torch.zeros(2, *model.input.shape)
+        dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
+        with _quiet(logging.CRITICAL):
+            try:
+                exported: nn.Module = host_export(model.module, (example,), dynamic_shapes=dynamic_shapes)
+            except RuntimeError as error:
+                reason = _why_not_exported(model.module, example, dynamic_shapes)
+                raise ModelError(f"{model.name} cannot be exported: {reason}") from error
+        probe = torch.randn(3, *model.input.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected, found = model.module(probe), exported(probe)
+        error_share = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not error_share <= EXPORT_TOLERANCE:
+            raise ModelError(
+                f"{model.name}: the exported graph differs from the model by {error_share:.2g} of its largest output"
+            )
+        return exported
+
+    def tune(
+        self,
+        exported: nn.Module,
+        calibration: Tensor,
+        trials: Sequence[Trial],
+        request: TuningRequest,
+        score: Score,
+        workspace: Path | None,
+        progress: Progress = SILENT,
+    ) -> TuningOutcome:
+        """Run the trials through the host's `autotune`; see `Adaptor.tune`."""
+        scores: list[float] = []
+
+        def eval_fn(model: nn.Module) -> float:
+            scores.append(score(model))
+            return scores[-1]
+
+        configs = [_config(trial, request, workspace) for trial in trials]
+        tuning = TuningConfig(config_set=configs, tolerable_loss=request.tolerable_loss, max_trials=len(configs))
+        with watched_by(progress), _quiet(logging.WARNING):
+            model = autotune(exported, tuning, eval_fn=eval_fn, run_fn=_runner(calibration))
+        float_score, found = scores[0], scores[1:]
+        goal = float_score * (1 - request.tolerable_loss)
+        records = tuple(TrialRecord(trial, value, value >= goal) for trial, value in zip(trials, found, strict=False))
+        best = max(records, key=lambda record: record.score)
+        return TuningOutcome(model, model.reconstruction, float_score, best, records)
+
+    def quantize_static(self, exported: nn.Module, calibration: Tensor) -> nn.Module:
+        """The host's static quantization with its defaults; the given graph stays as it is."""
+        own = deepcopy(exported)
+        own._exported, own.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
+        with _quiet(logging.ERROR):
+            model: nn.Module = host_quantize(own, INT8StaticQuantConfig(), run_fn=_runner(calibration))
+        return model
+
+    def save(self, model: nn.Module, example: Tensor, folder: Path) -> None:
+        """Write `qconfig.json` and `quantized_weight.pt` as the host does."""
+        with _quiet(logging.WARNING):
+            # A copy of its own: a view would drag the whole calibration set into the file.
+            model.save(example_inputs=(example.clone(),), output_dir=str(folder))  # type: ignore[operator]
+
+    def load(self, folder: Path) -> nn.Module:
+        """The host's loader."""
+        with _quiet(logging.WARNING):
+            model: nn.Module = load(str(folder))
+        return model
+
+    def versions(self) -> dict[str, str]:
+        """The host comes as one of two distributions."""
+        found = {}
+        for name in ("neural-compressor", "neural-compressor-pt", "torch", "torchao"):
+            try:
+                found[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return found
+
+
+def _runner(calibration: Tensor) -> Any:
+    """The host's `run_fn` for a tensor of images."""
+
+    def run(model: nn.Module) -> None:
+        with torch.no_grad():
+            for batch in calibration.split(BATCH):
+                model(batch)
+
+    return run
+
+
+def _config(trial: Trial, request: TuningRequest, workspace: Path | None) -> MRECGConfig:
+    settings = trial.settings.model_dump()
+    return MRECGConfig(
+        w_bits=request.weight_bits,
+        act_bits=request.activation_bits,
+        granularity=settings.pop("granularity") or "modcap",
+        fallback_units=trial.fallback_units,
+        layer_bits={name: (bits.weight, bits.activation) for name, bits in request.layers.items()},
+        seed=request.seed,
+        workspace=str(workspace) if workspace else None,
+        settings=settings,
+    )
+
+
+def _why_not_exported(module: nn.Module, example: Tensor, dynamic_shapes: Any) -> str:
+    """The exporter's own words; the host logs them and raises something general."""
+    try:
+        torch.export.export(module, (example,), dynamic_shapes=dynamic_shapes)
+    except Exception as error:  # whatever the exporter raises is the answer here
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return "the host's export failed"
+
+
+@contextmanager
+def _quiet(level: int) -> Iterator[None]:
+    """The host logs every step at INFO; while ours runs only what is at least `level` comes through."""
+    before = logger.level
+    logger.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,189 @@
+"""The algorithm "mrecg" of Neural Compressor 3.x: prepare, calibrate, reconstruct, convert (arXiv 2303.11906).
+
+Importing this module registers it with the host. It works on the graph that the host's own static quantization prepares,
+so quantizers sit where the deployed graph has them, and its result is in the host's own PT2E form: saved under the host's
+key "static_quant", it loads on a machine that has the host alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from neural_compressor.common.utils import Mode
+from neural_compressor.torch.algorithms.pt2e_quant.core import W8A8PT2EQuantizer
+from neural_compressor.torch.algorithms.pt2e_quant.save_load import save as host_save
+from neural_compressor.torch.quantization import INT8StaticQuantConfig
+from neural_compressor.torch.utils import register_algo
+from neural_compressor.torch.utils.utility import algos_mapping
+from torch import Tensor, fx, nn
+
+from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfig, refuse_foreign
+from inc_clusterq.deployment.qdq import convert
+from inc_clusterq.errors import ModelError
+from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
+from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.quantizers import install_quantizers
+from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
+
+SAVED_AS = "static_quant"  # the host's loader chooses by this key
+FULL_BITS = 8  # what a unit that falls back gets
+FLOAT_TOLERANCE = 1e-3  # of the largest output; folding BatchNorm costs about 1e-6
+
+_progress: ContextVar[Progress] = ContextVar("progress", default=SILENT)
+
+
+@contextmanager
+def watched_by(progress: Progress) -> Iterator[None]:
+    """Reconstructions that the host runs inside the block report to `progress`; the host has no way to pass it on."""
+    token = _progress.set(progress)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
+
+
+def mrecg_entry(
+    model: nn.Module,
+    configs_mapping: dict[Any, Any],
+    mode: Mode = Mode.QUANTIZE,
+    *args: Any,
+    run_fn: Any = None,
+    run_args: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The algorithm as the host calls it: prepare, calibrate with `run_fn`, convert.
+
+    Raises:
+        ModelError: the model was not exported, or no calibration image passed through it.
+    """
+    config = next(config for config in configs_mapping.values() if config.name == ALGORITHM)
+    if mode in (Mode.PREPARE, Mode.QUANTIZE):
+        model = _prepare(model)
+    if mode is Mode.QUANTIZE and run_fn is not None:
+        run_fn(model, *run_args) if run_args else run_fn(model)
+    if mode in (Mode.CONVERT, Mode.QUANTIZE):
+        model = _convert(model, config)
+    return model
+
+
+refuse_foreign(algos_mapping.get(ALGORITHM))
+register_algo(ALGORITHM)(mrecg_entry)
+
+
+@dataclass
+class _Calibration:
+    """What a prepared model remembers until it is converted."""
+
+    example: Tensor
+    reference: Tensor  # the float model's outputs for `example`
+    batches: list[Tensor]
+    hook: Any
+
+
+def _prepare(model: nn.Module) -> fx.GraphModule:
+    """The host's own prepared graph, which from now on keeps the images that pass through it."""
+    if not getattr(model, "_exported", False):
+        raise ModelError(
+            "the model has not been exported; call neural_compressor.torch.export.export(model, example_inputs) first"
+        )
+    example = _random_input(model)
+    with torch.no_grad():
+        reference = model(example)
+    dynamic_shapes = getattr(model, "dynamic_shapes", None)
+    W8A8PT2EQuantizer.is_dynamic = False  # a class attribute that the host's dynamic algorithm leaves set
+    prepared: fx.GraphModule = W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(model)
+    prepared.dynamic_shapes = dynamic_shapes  # type: ignore[assignment]  # host's attribute
+    batches: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        batches.append(inputs[0].detach())
+
+    hook = prepared.register_forward_pre_hook(keep)
+    prepared.calibration = _Calibration(example, reference, batches, hook)  # type: ignore[assignment]
+    return prepared
+
+
+def _random_input(exported: nn.Module) -> Tensor:
+    """Two samples of the shape that the model was exported with; whatever numbers, always the same ones."""
+    assert isinstance(exported, fx.GraphModule)
+    inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise ModelError(
+            f"the model has {len(inputs)} inputs; only models with one image tensor as input can be quantized"
+        )
+    shape = inputs[0].meta["val"].shape
+    batch = shape[0] if isinstance(shape[0], int) else 2
+    return torch.randn(batch, *(int(size) for size in shape[1:]), generator=torch.Generator().manual_seed(0))
+
+
+def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
+    """Reconstruct on the images that were seen, and hand over to the host's quantized form."""
+    assert isinstance(prepared, fx.GraphModule)
+    calibration: _Calibration = prepared.calibration  # type: ignore[assignment]
+    calibration.hook.remove()
+    del prepared.calibration
+    if not calibration.batches:
+        raise ModelError(
+            "no calibration image has passed through the prepared model; give run_fn, for example loader.calibrate"
+        )
+    dynamic_shapes = prepared.dynamic_shapes
+    inputs = torch.cat(calibration.batches)
+    plan = config.bit_plan()
+    if config.fallback_units:
+        reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, config, calibration)[1]
+        plan = _with_fallback(plan, reconstruction, config.fallback_units)
+    converted, reconstruction = _reconstruct(prepared, inputs, plan, config, calibration)
+    converted.dynamic_shapes = dynamic_shapes
+    converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
+    converted.save = MethodType(host_save, converted)  # type: ignore[assignment]
+    converted.reconstruction = reconstruction  # type: ignore[assignment]
+    return converted
+
+
+def _reconstruct(
+    prepared: fx.GraphModule, inputs: Tensor, plan: BitPlan, config: MRECGConfig, calibration: _Calibration
+) -> tuple[fx.GraphModule, Reconstruction]:
+    settings = config.reconstruction_settings()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for parameter in prepared.parameters():
+        parameter.requires_grad_(False)
+    try:
+        quantized = install_quantizers(prepared, plan, settings)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    _assert_unchanged(prepared, calibration)
+    prepared.to(device)
+    store = UnitStore(Path(config.workspace) if config.workspace else None)
+    reconstruction = reconstruct(
+        quantized, inputs.to(device), settings, seed=config.seed, store=store, progress=_progress.get()
+    )
+    prepared.to("cpu")
+    return convert(quantized), reconstruction
+
+
+@torch.no_grad()
+def _assert_unchanged(prepared: fx.GraphModule, calibration: _Calibration) -> None:
+    """With its quantizers open the graph must still be the float model: elsewhere this is where silent collapses began."""
+    outputs = prepared(calibration.example)
+    error = float((outputs - calibration.reference).abs().max() / calibration.reference.abs().max().clamp_min(1e-12))
+    if not error <= FLOAT_TOLERANCE:
+        raise ModelError(
+            f"the prepared graph differs from the float model by {error:.2g} of its largest output (at most "
+            f"{FLOAT_TOLERANCE:g} is allowed); the model holds an operator that the host's preparation changes"
+        )
+
+
+def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int) -> BitPlan:
+    worst = sorted(reconstruction.units, key=lambda unit: -unit.relative_loss)[:units]
+    raised = {name: LayerBits(FULL_BITS, FULL_BITS) for unit in worst for name in unit.layers}
+    return BitPlan(plan.weight, plan.activation, plan.edge, {**plan.layers, **raised})

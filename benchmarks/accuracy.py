@@ -1,0 +1,115 @@
+"""Top-1 accuracy of real networks: float, the host's static quantization, and ours without data, side by side.
+
+Columns:
+  INC noise, INC real    the host's own static quantization with its defaults, calibrated with Gaussian noise or with
+                         real training images; it has 8-bit convolution weights only
+  nearest, real          rounding to nearest at the stated width, ranges by Lp search on real training images
+  ours, real             MRECG reconstruction on the same real training images
+  ours, no data          MRECG reconstruction on ClusterQ images: no real image is seen
+Every method gets the same number of images. Test images give the figures and nothing else: no selection, no early stop.
+
+    python benchmarks/accuracy.py --data DIR --json docs/figures/accuracy.json
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import common
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.synthesis.clusterq import synthesise
+from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.tuning import Trial, TuningRequest
+
+IMAGES = 256
+COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
+
+
+def main() -> None:
+    """Run every network, width and seed."""
+    options = common.parse(__doc__, "resnet20,mobilenet_v1_025,mcunet_320kb")
+    console = Console(width=140)
+    common.print_head(f"Accuracy with {IMAGES} calibration images", options, console)
+    figures: dict[str, Any] = {}
+    for net in options.nets:
+        subject = common.subject(options, net)
+        console.print(f"{net}: {subject.splits}", highlight=False)
+        figures[net] = _measure(subject, options, console)
+        rows = [
+            [width, *[common.mean_and_spread(found[column]) if found.get(column) else "-" for column in COLUMNS]]
+            for width, found in figures[net]["top1"].items()
+        ]
+        title = f"{net}, float {figures[net]['float']:.2f}"
+        common.print_table(title, ("width", *COLUMNS), rows, console)
+        common.write_json(options, {"images": IMAGES, "top1": figures})
+
+
+def _measure(subject: common.Subject, options: common.Options, console: Console) -> dict[str, Any]:
+    adaptor = NeuralCompressorAdaptor()
+    exported = adaptor.export(subject.model)
+
+    def score(model: torch.nn.Module) -> float:
+        return common.top1(model, subject.test_inputs, subject.test_labels)
+
+    widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
+    top1: dict[str, dict[str, list[float]]] = {width: {column: [] for column in COLUMNS} for width in widths}
+    seconds: list[float] = []
+    for seed in options.seeds:
+        began = time.perf_counter()
+        synthetic, _ = synthesise(
+            subject.model.module,
+            subject.model.input,
+            ClusterQSettings.model_validate(ClusterQSettings.PRESETS[options.preset]),
+            num_classes=subject.model.num_classes,
+            samples=IMAGES,
+            seed=seed,
+        )
+        seconds.append(time.perf_counter() - began)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(synthetic.shape, generator=generator)
+        real = None
+        if subject.training is not None:
+            real = subject.training[torch.randperm(len(subject.training), generator=generator)[:IMAGES]]
+        for (weight, activation), width in zip(options.widths, widths, strict=True):
+            found = top1[width]
+            if (weight, activation) == (8, 8):
+                found["INC noise"].append(score(adaptor.quantize_static(exported, noise)))
+                if real is not None:
+                    found["INC real"].append(score(adaptor.quantize_static(exported, real)))
+            if real is not None:
+                found["nearest, real"].append(score(_ours(exported, real, weight, activation, seed, options, iterations=0)))
+                found["ours, real"].append(score(_ours(exported, real, weight, activation, seed, options)))
+            began = time.perf_counter()
+            found["ours, no data"].append(score(_ours(exported, synthetic, weight, activation, seed, options)))
+            spent = time.perf_counter() - began
+            last = {column: round(values[-1], 2) for column, values in found.items() if values}
+            console.print(f"  seed {seed} {width}: {last}; synthesis {seconds[-1]:.0f} s, reconstruction {spent:.0f} s")
+    return {"float": score(subject.model.module), "top1": top1, "synthesis_seconds": seconds}
+
+
+def _ours(
+    exported: torch.nn.Module,
+    images: Tensor,
+    weight: int,
+    activation: int,
+    seed: int,
+    options: common.Options,
+    **keys: Any,
+) -> torch.nn.Module:
+    """One trial, so that nothing is selected: ModCap granularity at the preset's effort."""
+    preset = ReconstructionSettings.PRESETS[options.preset]
+    settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
+    request = TuningRequest(weight, activation, settings, max_trials=1, seed=seed)
+    return NeuralCompressorAdaptor().tune(
+        exported, images, [Trial("modcap", settings)], request, score=lambda model: 1.0, workspace=None
+    ).model
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What all benchmark scripts share: the command line, networks and images from a data folder, the printed head, the table.
+
+The data folder holds a `load.py` with MODELS, model(name), cifar(split), imagenet(name, size), kws() and
+top1(net, x, y, norm); nothing else of the folder is relied on. Test images are for the final figure only: whatever a
+method sees comes from the training split, or from no image at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.environment import environment
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.models import FloatModel, check_logits, fingerprint
+
+TRAINING_IMAGES = {"cifar": "train_first2048", "imagenet": "train500"}
+TEST_IMAGES = {"cifar": "test_first5000", "imagenet": "val1300"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The common command line."""
+
+    data: Path
+    nets: tuple[str, ...]
+    widths: tuple[tuple[int, int], ...]
+    seeds: tuple[int, ...]
+    limit: int | None
+    preset: str
+    json: Path | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with the images that belong to it; all images are normalised as the network takes them."""
+
+    model: FloatModel
+    training: Tensor | None  # None: the folder has no training images for this network
+    test_inputs: Tensor
+    test_labels: Tensor
+    splits: str
+
+
+def parse(description: str | None, nets: str, widths: str = "W8A8,W4A8", seeds: str = "0,1,2") -> Options:
+    """Read the command line; exits with status 2 and a sentence where it is wrong."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("INCQ_DATA"), help="data folder (or INCQ_DATA)")
+    parser.add_argument("--nets", default=nets, help=f"networks, separated by commas (default {nets})")
+    parser.add_argument("--widths", default=widths, help=f"bit-widths such as W4A8 (default {widths})")
+    parser.add_argument("--seeds", default=seeds, help=f"seeds (default {seeds})")
+    parser.add_argument("--limit", type=int, help="test images at most (default: all)")
+    parser.add_argument("--preset", choices=("fast", "balanced", "best"), default="balanced", help="default balanced")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    given = parser.parse_args()
+    if given.data is None or not (Path(given.data) / "load.py").is_file():
+        parser.error(f"--data must name a folder that holds load.py; it is {given.data}")
+    try:
+        pairs = tuple((int(width[1]), int(width[3])) for width in given.widths.split(",") if _is_width(width))
+        numbers = tuple(int(seed) for seed in given.seeds.split(","))
+    except ValueError as error:
+        parser.error(str(error))
+    return Options(Path(given.data), tuple(given.nets.split(",")), pairs, numbers, given.limit, given.preset, given.json)
+
+
+def _is_width(text: str) -> bool:
+    if len(text) == 4 and text[0] == "W" and text[2] == "A" and text[1] in "2345678" and text[3] in "2345678":
+        return True
+    raise ValueError(f"{text!r} is not a width; W4A8 is, with 2 to 8 bits each")
+
+
+def subject(options: Options, net: str) -> Subject:
+    """Load a network and its images."""
+    load = _load_module(options.data)
+    if net not in load.MODELS:
+        sys.exit(f"{options.data / 'load.py'} has no network {net!r}; it has {', '.join(load.MODELS)}")
+    module, normalise, size = load.model(net)
+    if size is None:
+        kind, training, (test, labels) = "kws", None, load.kws()
+    elif size == 32:
+        kind, training, (test, labels) = "cifar", load.cifar(TRAINING_IMAGES["cifar"])[0], load.cifar(TEST_IMAGES["cifar"])
+    else:
+        kind, training = "imagenet", load.imagenet(TRAINING_IMAGES["imagenet"], size)[0]
+        test, labels = load.imagenet(TEST_IMAGES["imagenet"], size)
+    test, labels = test[: options.limit], labels[: options.limit]
+    spec = input_spec(normalise, test, is_image=size is not None)
+    module = module.float().eval().requires_grad_(False)
+    model = FloatModel(net, module, spec, check_logits(module, spec), fingerprint(module))
+    if kind == "kws":
+        splits = f"scored on {len(labels)} keyword recordings; there are no training recordings"
+    else:
+        splits = f"real calibration images from {TRAINING_IMAGES[kind]}, scored on {len(labels)} images of {TEST_IMAGES[kind]}"
+    real = None if training is None else normalise(training.float())
+    return Subject(model, real, normalise(test.float()), labels, splits)
+
+
+def input_spec(normalise: Callable[[Tensor], Tensor], like: Tensor, *, is_image: bool) -> InputSpec:
+    """Range and normalisation as the network's owner would state them.
+
+    Images are bytes, and `normalise` is affine per channel, so two of its values give mean and deviation. Features that
+    are not images have the range of their own file format, taken here as the extremes of what the file holds.
+    """
+    shape = tuple(like.shape[1:])
+    if not is_image:
+        return InputSpec(shape, float(like.min()), float(like.max()))
+    black, white = (normalise(torch.full((1, shape[0], 1, 1), value)).flatten() for value in (0.0, 255.0))
+    std = 255.0 / (white - black)
+    mean = -black * std
+    return InputSpec(shape, 0.0, 255.0, tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def top1(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 50) -> float:
+    """Percentage of labels predicted."""
+    with torch.no_grad():
+        pairs = zip(inputs.split(batch), labels.split(batch), strict=True)
+        return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels)
+
+
+def print_head(title: str, options: Options, console: Console) -> None:
+    """Seeds, machine and versions: what the figures below depend on."""
+    console.print(f"{title}: preset {options.preset}, seeds {', '.join(map(str, options.seeds))}", highlight=False)
+    pairs = environment(NeuralCompressorAdaptor().versions()).items()
+    console.print(", ".join(f"{name} {value}" for name, value in pairs), highlight=False, soft_wrap=True)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """`90.87 ± 0.12`: mean and standard deviation over seeds; the bare value where there is one only."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """One table; the first column is left-aligned."""
+    table = Table(title=title, title_justify="left")
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if position == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_json(options: Options, figures: dict[str, Any]) -> None:
+    """All single figures with what they depend on."""
+    if options.json is None:
+        return
+    head = {"preset": options.preset, "seeds": options.seeds, "environment": environment(NeuralCompressorAdaptor().versions())}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n", encoding="utf-8")
+
+
+def _load_module(folder: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("load", folder / "load.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,78 @@
+"""Tensors from a checkpoint file, and whether they are those of a model. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from inc_clusterq.errors import ModelError
+
+SHOWN = 5
+"""So many names are listed of each kind of misfit."""
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a file, without the wrapping and the prefixes that training scripts leave behind."""
+    if path.suffix not in SUFFIXES:
+        raise ModelError(f"checkpoint {path}: the file name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if not path.is_file():
+        raise ModelError(f"checkpoint {path}: no such file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"checkpoint {path}: holds more than tensors, or is damaged, and is not opened for safety; "
+            "save `model.state_dict()` with torch.save or as safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"checkpoint {path}: cannot be read: {' '.join(str(error).split())}") from error
+    return _tensors(content, path)
+
+
+def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load `state` into `module`; ModelError lists the names and shapes that do not fit it."""
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} in place of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    kinds = (("missing", missing), ("not in the model", unexpected), ("of another shape", misshapen))
+    misfits = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+    if misfits:
+        raise ModelError(f"{origin} does not fit the model. Tensors " + "; ".join(misfits))
+    module.load_state_dict(state, strict=False)
+
+
+def _tensors(content: object, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ModelError(f"checkpoint {path}: holds {type(content).__name__}, not the named tensors of a state dict")
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"checkpoint {path}: {name!r} is {type(value).__name__}, not a tensor; it must be a state dict, "
+                "alone or under the key 'state_dict' or 'model'"
+            )
+        state[str(name)] = value
+    if all(name.startswith("module.") for name in state):  # left by DataParallel
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,0 +1,116 @@
+"""The command `inc-clusterq`: arguments to a Config, a Config to the pipeline, errors to one line and an exit status.
+
+Exit status: 0 done, 1 our failure, 2 the user's mistake, 130 interrupted. Results go to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from inc_clusterq import __version__
+from inc_clusterq.errors import ClusterQError
+
+INTERNAL_ERROR = 1
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Data-free low-bit quantization of CNNs in Intel Neural Compressor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the host's log.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="inc-clusterq")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"inc-clusterq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Data-free low-bit quantization of CNNs in Intel Neural Compressor."""
+
+
+@app.command()
+def quantize(
+    config_file: ConfigFile,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the result, in place of the YAML's.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is already there.")] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, max=2**32 - 1, help="Seed, in place of the YAML's.", show_default=False),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize the model that CONFIG names, without data, and save what plain Neural Compressor loads."""
+    # The host reads its log level when it is imported.
+    os.environ.setdefault("LOGLEVEL", "INFO" if debug else "ERROR")
+    errors = Console(stderr=True)
+    with _reported(errors, debug=debug):
+        from inc_clusterq.config import load_config
+        from inc_clusterq.console import progress_on
+
+        config = load_config(config_file).override(output=output, seed=seed)
+
+        from inc_clusterq.pipeline import quantize as run  # heavy: only once the configuration is known to be good
+
+        result = run(config, overwrite=overwrite, progress=progress_on(errors, quiet=quiet))
+        result.print(Console())
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of keys instead.")] = False,
+) -> None:
+    """Print the JSON Schema of CONFIG."""
+    from inc_clusterq.config_reference import json_schema
+    from inc_clusterq.config_reference import markdown as table
+
+    typer.echo(table() if markdown else json.dumps(json_schema(), indent=2), nl=not markdown)
+
+
+@contextmanager
+def _reported(errors: Console, *, debug: bool) -> Iterator[None]:
+    """Turn what is raised inside into one message and an exit status; with `debug` the traceback comes first."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        message, status = _outcome(error)
+        errors.print(f"inc-clusterq: {message}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(status) from error
+
+
+def _outcome(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; finished parts are kept in the workspace, the same command resumes from them", INTERRUPTED
+    if isinstance(error, ClusterQError):
+        return str(error), error.exit_status
+    text = " ".join(str(error).split())
+    return f"internal error, {type(error).__name__}: {text}; run with --debug for the traceback", INTERNAL_ERROR

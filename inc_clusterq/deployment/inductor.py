@@ -1,0 +1,117 @@
+"""Compile for x86 with Inductor, check that the compiled model computes what was evaluated, and time it.
+
+Freezing is what makes the back end choose int8 kernels; without it every convolution silently stays in float. The
+compiled and the eager model add up in different orders, so a value that lies within rounding error of the border between
+two integers may fall to either side; the check therefore bounds the mean deviation, not the single largest one. A lost
+clamp, the fault it is there for, moves every image.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.errors import DeploymentError
+
+Compiled = Callable[[Tensor], Tensor]
+TOLERANCE = 0.01  # root mean square of the difference, as a share of the outputs' range
+OUT_OF_RANGE = 4.0  # factor on the inputs that drives activations beyond their calibrated ranges
+ROUNDS = 50  # interleaved timings of each model
+WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the deployed model is from the evaluated one."""
+
+    images: int
+    in_range: float  # root mean square difference as a share of the outputs' range
+    out_of_range: float  # the same on inputs beyond the calibrated range
+    agreement: float  # share of equal classes on the in-range inputs
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call at batch 1."""
+
+    median: float
+    low: float  # 10th percentile
+    high: float  # 90th percentile
+
+
+def compile_frozen(
+    model: nn.Module,
+    example: Tensor,  # shape: (1, *shape)
+) -> Compiled:
+    """The model compiled for the shape of `example`, weights frozen in.
+
+    Raises:
+        DeploymentError: the compiler failed, for example because the machine has no C++ compiler.
+    """
+    compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+    try:
+        with torch.no_grad():
+            compiled(example)
+    except Exception as error:  # the compiler raises whatever its stages raise
+        reason = str(error).strip().splitlines()
+        raise DeploymentError(
+            f"the model cannot be compiled: {type(error).__name__}: {reason[0] if reason else ''} "
+            "(Inductor needs a C++ compiler, for example g++, on the path)"
+        ) from error
+    return compiled
+
+
+@torch.no_grad()
+def check_parity(
+    evaluated: nn.Module,
+    deployed: Compiled,
+    inputs: Tensor,  # shape: (N, *shape)
+) -> Parity:
+    """Compare image by image, in and beyond the calibrated range.
+
+    Raises:
+        DeploymentError: the deployed model computes something else.
+    """
+    in_range, agreement = _deviation(evaluated, deployed, inputs)
+    out_of_range, _ = _deviation(evaluated, deployed, inputs * OUT_OF_RANGE)
+    parity = Parity(len(inputs), in_range, out_of_range, agreement)
+    if not max(in_range, out_of_range) <= TOLERANCE:
+        raise DeploymentError(
+            f"the compiled model differs from the evaluated one by {max(in_range, out_of_range):.2%} of the output range "
+            f"(at most {TOLERANCE:.0%} is allowed); it must not be deployed"
+        )
+    return parity
+
+
+def measure_latency(
+    models: Mapping[str, Compiled],
+    example: Tensor,  # shape: (1, *shape)
+) -> dict[str, Latency]:
+    """Time the models in turn, round by round, so that a drift of the machine's speed meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for round_number in range(WARM_UP + ROUNDS):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model(example)
+                if round_number >= WARM_UP:
+                    times[name].append(1000 * (time.perf_counter() - began))
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _summary(values: list[float]) -> Latency:
+    deciles = statistics.quantiles(values, n=10)
+    return Latency(statistics.median(values), deciles[0], deciles[-1])
+
+
+def _deviation(evaluated: nn.Module, deployed: Compiled, inputs: Tensor) -> tuple[float, float]:
+    expected = evaluated(inputs)
+    found = torch.cat([deployed(image) for image in inputs.split(1)])
+    spread = float(expected.max() - expected.min())
+    difference = float((found - expected).square().mean().sqrt())
+    return difference / max(spread, 1e-12), float((found.argmax(1) == expected.argmax(1)).double().mean())

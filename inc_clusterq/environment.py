@@ -1,0 +1,24 @@
+"""Versions and machine: what a figure depends on, for reports and benchmarks."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+
+import torch
+
+from inc_clusterq import __version__
+
+
+def environment(host: Mapping[str, str]) -> dict[str, str]:
+    """This package, Python, the `host`'s own versions, and the machine."""
+    return {
+        "inc-clusterq": __version__,
+        "python": platform.python_version(),
+        **host,
+        "machine": platform.machine(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "processors": str(os.cpu_count()),
+    }

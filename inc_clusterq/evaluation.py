@@ -1,0 +1,55 @@
+"""Scores that the host's accuracy criterion reads: all lie in [0, 1], higher is better.
+
+Without labels a model is scored by its agreement with the float model: the share of images to which both give the same
+class. It tells how much quantization has changed, not how good the float model is; on synthetic images it tends to be
+stricter than accuracy on real ones, and it cannot see a fault that synthetic images do not excite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.tuning import Score
+
+BATCH = 64  # images per forward pass
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module,
+    inputs: Tensor,  # shape: (N, *shape)
+) -> Tensor:
+    """Class of each input, shape (N,)."""
+    return torch.cat([model(batch).argmax(1) for batch in inputs.split(BATCH)])
+
+
+def accuracy(inputs: Tensor, labels: Tensor) -> Score:
+    """Share of `labels` (N,) that a model predicts (top 1)."""
+
+    def score(model: nn.Module) -> float:
+        return float((predictions(model, inputs) == labels).double().mean())
+
+    return score
+
+
+def agreement(
+    float_model: nn.Module,
+    images: Tensor | Iterable[tuple[Tensor, Tensor]],  # shape: (N, *shape), or batches of (images, labels)
+) -> Score:
+    """Share of `images` to which a model gives the class that `float_model` gives; the float model scores 1.
+
+    `images` may be a loader such as `ClusterQDataLoader`; it is read at the first call.
+    """
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def score(model: nn.Module) -> float:
+        if not known:
+            inputs = images if isinstance(images, Tensor) else torch.cat([batch for batch, _ in images])
+            known.append((inputs, predictions(float_model, inputs)))
+        inputs, expected = known[0]
+        return float((predictions(model, inputs) == expected).double().mean())
+
+    return score

@@ -1,0 +1,68 @@
+"""What a model expects at its input: the shape of one sample, the raw values a sensor can produce, their normalisation.
+
+normalised = (raw - mean) / std, per channel; the channel is the first axis of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape, range and normalisation of a model's input.
+
+    `shape` is one sample without the batch dimension: (C, H, W), (C, L), (C, D, H, W) or (F,). `low` and `high` bound
+    the raw values, before normalisation: 0 and 255 for bytes. `mean` and `std` are on that same raw scale, one number
+    for all channels or one per channel.
+    """
+
+    shape: tuple[int, ...]
+    low: float = 0.0
+    high: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if not self.shape or any(size < 1 for size in self.shape):
+            raise ValueError(
+                f"shape is {list(self.shape)}; it must hold the positive sizes of one sample without the batch "
+                "dimension, for example [3, 224, 224]"
+            )
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"range is [{self.low:g}, {self.high:g}]; it must be two finite numbers, the lower one first")
+        channels = self.shape[0]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"{name} has {len(values)} values; shape {list(self.shape)} takes one for all channels"
+                    + (f" or {channels}, one per channel" if channels > 1 else "")
+                )
+            if not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} is {list(values)}; every value must be finite")
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"std is {list(self.std)}; every value must be above 0")
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """(raw - mean) / std, what the model sees; `raw` has shape (..., *shape)."""
+        return (raw - self._per_channel(self.mean, raw)) / self._per_channel(self.std, raw)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """x * std + mean, the inverse of `normalise`; `x` has shape (..., *shape)."""
+        return x * self._per_channel(self.std, x) + self._per_channel(self.mean, x)
+
+    def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest normalised value, (C or 1, 1, ...), on the device and of the dtype of `like`."""
+        # In the dtype of `like`, not wider: rounding is monotone, so no normalised value falls outside its bounds.
+        lowest, highest = (
+            self.normalise(torch.tensor(value, dtype=like.dtype, device=like.device)) for value in (self.low, self.high)
+        )
+        return lowest, highest
+
+    def _per_channel(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        return torch.tensor(values, dtype=dtype, device=like.device).view(-1, *[1] * (len(self.shape) - 1))

@@ -1,0 +1,168 @@
+"""The trained float model: found, loaded, and checked to be a classifier of the input that the YAML describes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.checkpoints import fit_state, read_state
+from inc_clusterq.config import ModelConfig
+from inc_clusterq.errors import ModelError
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.references import call_reference
+
+SUM_TOLERANCE = 1e-4
+"""Non-negative outputs that add up to 1 within this are taken for probabilities."""
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A model that passed all checks; `module` is in eval mode, in float32, and has no gradients."""
+
+    name: str
+    module: nn.Module
+    input: InputSpec
+    num_classes: int
+    fingerprint: str
+
+
+def load_model(config: ModelConfig) -> FloatModel:
+    """Build the architecture, load its weights, check that it takes the input and returns class logits."""
+    kind, _, name = config.architecture.partition(":")
+    module = _from_torchvision(name, config) if kind == "torchvision" else _from_python(config)
+    module = module.float().eval().requires_grad_(False)
+    broken = [name for name, value in module.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise ModelError(f"{config.architecture}: {broken[0]} holds values that are not finite; the checkpoint is damaged")
+    spec = config.input.spec()
+    return FloatModel(name.rpartition(":")[2], module, spec, check_logits(module, spec), fingerprint(module))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 (hex) of the structure and of every parameter and buffer: equal for models that compute the same."""
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(module)).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_logits(module: nn.Module, spec: InputSpec) -> int:
+    """Run a batch of two and return the number of classes; ModelError if they are not (N, classes) logits."""
+    like = next((value for value in module.parameters()), torch.empty(0))
+    low, high = spec.bounds(like)
+    ramp = torch.linspace(0, 1, 2 * torch.Size(spec.shape).numel(), dtype=like.dtype, device=like.device)
+    batch = low + (high - low) * ramp.view(2, *spec.shape)
+    try:
+        with torch.no_grad(), _eval_mode(module):
+            output = module(batch)
+    except Exception as failure:  # the user's own model: anything can come out of it
+        raise ModelError(
+            f"the model does not take an input of shape {tuple(batch.shape)}, model.input.shape is {list(spec.shape)}: "
+            f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+        ) from failure
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns {type(output).__name__}; it must return one tensor of class logits, (N, classes)")
+    if output.dim() != 2 or output.shape[0] != 2 or output.shape[1] < 2 or not output.is_floating_point():
+        hint = "; flatten it in the model" if output.dim() > 2 and output.shape[2:].numel() == 1 else ""
+        raise ModelError(
+            f"the model returns {output.dtype} of shape {tuple(output.shape)} for 2 samples; "
+            f"it must return class logits, floats of shape (2, classes) with at least 2 classes{hint}"
+        )
+    if not bool(output.isfinite().all()):
+        raise ModelError("the model returns values that are not finite; check its weights, model.input.range and .std")
+    if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
+        raise ModelError("the model returns probabilities; it must return class logits: take the softmax out of the model")
+    return output.shape[1]
+
+
+def _from_python(config: ModelConfig) -> nn.Module:
+    module = call_reference(config.architecture, config.folder, ModelError)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{config.architecture} returned {type(module).__name__}; it must return a torch.nn.Module")
+    if config.checkpoint is not None:
+        fit_state(module, read_state(config.checkpoint), f"checkpoint {config.checkpoint}")
+    return module
+
+
+def _from_torchvision(name: str, config: ModelConfig) -> nn.Module:
+    import torchvision  # here: whoever brings a model of their own need not pay for it
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = get_close_matches(name, known, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise ModelError(f"torchvision has no classification model {name!r}; {hint}")
+    if config.weights is None:
+        raise ModelError(
+            f"model.weights is not given and torchvision's {name} would be untrained; "
+            "name a checkpoint file or published weights"
+        )
+    if config.checkpoint is None:
+        return _published(name, config.weights)
+    state = read_state(config.checkpoint)
+    module: nn.Module = torchvision.models.get_model(name, weights=None)
+    # A fine-tuned model differs in its number of classes, which the last tensor of every classifier there shows.
+    last = list(module.state_dict())[-1]
+    if last in state and state[last].shape[:1] != module.state_dict()[last].shape[:1]:
+        module = torchvision.models.get_model(name, weights=None, num_classes=len(state[last]))
+    fit_state(module, state, f"checkpoint {config.checkpoint}")
+    return module
+
+
+def _published(name: str, weights_name: str) -> nn.Module:
+    import torchvision
+
+    choices = torchvision.models.get_model_weights(name)
+    if weights_name not in choices.__members__:
+        raise ModelError(
+            f"model.weights is {weights_name!r}; for {name} it must be one of {', '.join(choices.__members__)}, "
+            "or a file that ends in .safetensors, .pt or .pth"
+        )
+    weights = choices[weights_name]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not cached.is_file():
+        raise ModelError(
+            f"the weights {weights} are not in torch's cache ({cached}). Nothing is downloaded here: "
+            f"put the file there, or run torchvision.models.get_model({name!r}, weights={weights_name!r}) once where "
+            "downloads are allowed"
+        )
+    with _tensors_only():
+        module: nn.Module = torchvision.models.get_model(name, weights=weights)
+    return module
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """torchvision loads its own weights without `weights_only`; torch's own switch insists on it."""
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every submodule's own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,181 @@
+"""The whole job, in the order in which it happens."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from inc_clusterq.config import Config
+from inc_clusterq.deployment.inductor import check_parity, compile_frozen, measure_latency
+from inc_clusterq.environment import environment
+from inc_clusterq.errors import ConfigError
+from inc_clusterq.evaluation import accuracy, agreement
+from inc_clusterq.labelled import load_labelled
+from inc_clusterq.models import FloatModel, load_model
+from inc_clusterq.output import RESULT, check_output, filled_whole
+from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.reconstruction.bits import LayerBits
+from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
+from inc_clusterq.result import Result, Row
+from inc_clusterq.synthesis.store import cached_dataset
+from inc_clusterq.tuning import Adaptor, Score, Strategy, TuningRequest
+
+PARITY_IMAGES = 256  # at most: each is run one by one through the compiled model
+FLOAT, STATIC, OURS = "float", "INC static, noise", "inc-clusterq"
+
+
+def quantize(config: Config, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
+    """Quantize the model that `config` names, save it, and report.
+
+    Raises:
+        UserError: anything that the user can correct; nothing is left half-written.
+        DeploymentError: the compiled model does not compute what was evaluated.
+    """
+    seconds: dict[str, float] = {}
+    check_output(config.output, overwrite=overwrite)
+    strategy, adaptor = _strategy(config), find(ADAPTORS, config.tuning.host)()
+    request = _request(config)
+    trials = strategy.trials(request)
+    model = load_model(config.model)
+    with _timed(seconds, "export"):
+        exported = adaptor.export(model)
+    labelled = load_labelled(config.evaluation.accuracy, model) if config.evaluation.accuracy else None
+    with _timed(seconds, "synthesis"):
+        calibration, held_out = _synthetic(config, model, with_held_out=labelled is None, progress=progress)
+    judge = _judge(model, labelled, held_out)
+    with _timed(seconds, "tuning"):
+        workspace = config.tuning.workspace.path / "units"
+        outcome = adaptor.tune(exported, calibration, trials, request, judge.score, workspace, progress)
+    with _timed(seconds, "static baseline"):
+        static = adaptor.quantize_static(exported, _noise(calibration, request.seed))
+        scores = {FLOAT: outcome.float_score, STATIC: judge.score(static), OURS: outcome.best.score}
+    with _timed(seconds, "deployment"), filled_whole(config.output) as folder, progress.stage("Deploying", 5) as stage:
+        example = calibration[:1].clone()
+        adaptor.save(outcome.model, calibration[:2], folder)
+        sizes = {FLOAT: _float_size(exported), STATIC: _saved_size(adaptor, static, calibration[:2])}
+        sizes[OURS] = _size(folder)
+        stage.advance(1, "saved")
+        compiled = {}
+        for name, module in ((FLOAT, model.module), (STATIC, static), (OURS, adaptor.load(folder))):
+            compiled[name] = compile_frozen(module, example)
+            stage.advance(1, f"compiled {name}")
+        parity = check_parity(outcome.model, compiled[OURS], judge.inputs[:PARITY_IMAGES])
+        latencies = measure_latency(compiled, example)
+        stage.advance(1, "measured")
+        result = Result(
+            output=config.output,
+            metric=judge.metric,
+            scored_on=judge.images,
+            rows=tuple(Row(name, scores[name], sizes[name], latencies[name]) for name in (FLOAT, STATIC, OURS)),
+            goal=outcome.float_score * (1 - request.tolerable_loss),
+            outcome=outcome,
+            parity=parity,
+            config=config.model_dump(mode="json", by_alias=True),
+            environment=environment(adaptor.versions()),
+            seconds=seconds,
+        )
+        result.write(folder / RESULT)
+    return result
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """How models are scored, and on what."""
+
+    score: Score
+    metric: str
+    images: str
+    inputs: Tensor
+
+
+def _strategy(config: Config) -> Strategy:
+    chosen = config.tuning.strategy
+    make = find(STRATEGIES, chosen.name)
+    try:
+        strategy: Strategy = make(**chosen.options)
+    except (TypeError, ValueError, ValidationError) as error:
+        given = ", ".join(chosen.options) or "none"
+        raise ConfigError(
+            f"tuning.strategy: {chosen.name} does not take the options given ({given}): {error}"
+        ) from error
+    return strategy
+
+
+def _request(config: Config) -> TuningRequest:
+    quantization = config.quantization
+    layers = {
+        name: LayerBits(
+            widths.weight.bits if widths.weight else None, widths.activation.bits if widths.activation else None
+        )
+        for name, widths in quantization.op_wise.items()
+    }
+    return TuningRequest(
+        weight_bits=quantization.model_wise.weight.bits,
+        activation_bits=quantization.model_wise.activation.bits,
+        settings=quantization.reconstruction,
+        layers=layers,
+        max_trials=config.tuning.exit_policy.max_trials,
+        tolerable_loss=config.tuning.accuracy_criterion.relative,
+        seed=config.tuning.random_seed,
+    )
+
+
+def _synthetic(config: Config, model: FloatModel, *, with_held_out: bool, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Calibration images, and images that only score: a part of the same set that no trial is calibrated with."""
+    calibration = config.quantization.calibration
+    held_out = config.evaluation.held_out if with_held_out else 0
+    dataset = cached_dataset(
+        config.tuning.workspace.path / "synthetic",
+        model.module,
+        fingerprint=model.fingerprint,
+        spec=model.input,
+        settings=calibration.dataloader.dataset.clusterq,
+        num_classes=model.num_classes,
+        samples=calibration.sampling_size + held_out,
+        seed=config.tuning.random_seed,
+        progress=progress,
+    )
+    return dataset.inputs[: calibration.sampling_size], dataset.inputs[calibration.sampling_size :]
+
+
+def _judge(model: FloatModel, labelled: tuple[Tensor, Tensor] | None, held_out: Tensor) -> _Judge:
+    if labelled is not None:
+        inputs, labels = labelled
+        return _Judge(accuracy(inputs, labels), "accuracy", f"{len(inputs)} labelled images", inputs)
+    score = agreement(model.module, held_out)
+    return _Judge(score, "agreement", f"{len(held_out)} held-out synthetic images", held_out)
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    """Gaussian noise, the usual stand-in where no images are at hand."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _float_size(exported: nn.Module) -> int:
+    """Bytes of the float parameters and buffers; what a checkpoint of them needs at least."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in exported.state_dict().values())
+
+
+def _saved_size(adaptor: Adaptor, model: nn.Module, example: Tensor) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        adaptor.save(model, example, Path(folder))
+        return _size(Path(folder))
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - began, 2)

@@ -1,0 +1,1 @@
+"""MRECG: joint reconstruction of modules on a prepared graph (arXiv 2303.11906)."""

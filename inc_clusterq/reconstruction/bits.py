@@ -1,0 +1,98 @@
+"""Which quantizer gets how many bits.
+
+The protocol of the papers: the first and the last layer keep 8 bits, weights and inputs, whatever the rest gets. Both
+are found in the graph: a first layer has no weighted operator before it, a last layer none behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from inc_clusterq.reconstruction.graph import Unit, is_observer
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bits of one layer's weight and of its input activation; None: as the rest of the model."""
+
+    weight: int | None = None
+    activation: int | None = None
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """What the user asked for: bits of the model, of its edges, and of single layers by module name."""
+
+    weight: int
+    activation: int
+    edge: int = 8
+    layers: Mapping[str, LayerBits] = field(default_factory=dict)
+
+
+def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) -> dict[str, int]:
+    """Bits of every quantizer, by the name of the module that stands in its place.
+
+    Raises:
+        ValueError: a layer named in the plan is not in the graph.
+    """
+    layers = {layer.node: layer for unit in units for layer in unit.layers}
+    unknown = sorted(set(plan.layers) - {layer.name for layer in layers.values()})
+    if unknown:
+        known = ", ".join(dict.fromkeys(layer.name for layer in layers.values()))
+        raise ValueError(f"op_wise names layers that the model does not have: {', '.join(unknown)}; it has: {known}")
+    behind = _weighted_behind(graph_module, set(layers))
+    before = _has_weighted_before(graph_module, set(layers))
+    last = {name for name in layers if not behind[name]}
+    bits: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.name in layers:
+            layer = layers[node.name]
+            edge = node.name in last or not before[node.name]
+            override = plan.layers.get(layer.name, LayerBits())
+            if layer.quantizer:
+                bits[layer.quantizer] = override.weight or (max(plan.edge, plan.weight) if edge else plan.weight)
+        elif is_observer(node) and node.name in before:
+            edge = not before[node.name] or behind[node.name] <= last
+            asked = [
+                plan.layers[layers[name].name].activation
+                for name in behind[node.name]
+                if layers[name].name in plan.layers
+            ]
+            wanted = max((value for value in asked if value), default=None)
+            found = wanted or (max(plan.edge, plan.activation) if edge else plan.activation)
+            # One observer may stand at several places (pooling keeps its input's scale): the finest request counts.
+            bits[str(node.target)] = found
+    return _same_for_shared(graph_module, bits)
+
+
+def _same_for_shared(graph_module: fx.GraphModule, bits: dict[str, int]) -> dict[str, int]:
+    most: dict[int, int] = {}
+    for name, value in bits.items():
+        module = id(getattr(graph_module, name))
+        most[module] = max(most.get(module, 0), value)
+    return {name: most[id(getattr(graph_module, name))] for name in bits}
+
+
+def _has_weighted_before(graph_module: fx.GraphModule, weighted: set[str]) -> dict[str, bool]:
+    """For every node that depends on the input: whether a weighted operator lies before it."""
+    before: dict[str, bool] = {}
+    for node in graph_module.graph.nodes:
+        active = [argument for argument in node.all_input_nodes if argument.name in before]
+        if node.op == "placeholder":
+            before[node.name] = False
+        elif active:
+            before[node.name] = any(before[argument.name] or argument.name in weighted for argument in active)
+    return before
+
+
+def _weighted_behind(graph_module: fx.GraphModule, weighted: set[str]) -> dict[str, set[str]]:
+    """For every node: the nearest weighted operators behind it."""
+    behind: dict[str, set[str]] = {}
+    for node in reversed(graph_module.graph.nodes):
+        behind[node.name] = set()
+        for user in node.users:
+            behind[node.name] |= {user.name} if user.name in weighted else behind[user.name]
+    return behind

@@ -1,0 +1,119 @@
+"""Finished units on disk, addressed by everything that led to them.
+
+The key of a unit is the hash of the key before it and of the unit itself; the first key is the hash of the weights, the
+calibration images, the settings, the bits and the seed. Two runs that agree up to a unit share its file: a run that was
+killed continues there, and the passes of granularity `loss` share the units that they have in common. The random numbers
+of a unit come from its key too, so a resumed run ends bit-identical to one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
+from inc_clusterq.reconstruction.graph import Unit, attribute
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # raised whenever the meaning of a file or the course of the optimisation changes
+NOT_THE_UNITS = {"granularity", "top_k", "stack_layers", "stride_factor"}  # these choose units and do nothing else
+
+
+@dataclass(frozen=True)
+class UnitStore:
+    """Folder of finished units; None keeps nothing."""
+
+    folder: Path | None = None
+
+    def start(self, quantized: QuantizedGraph, inputs: Tensor, settings: ReconstructionSettings, seed: int) -> Chain:
+        """The chain before its first unit."""
+        digest = hashlib.sha256()
+        chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
+        digest.update(json.dumps([FORMAT, seed, chosen, quantized.bits], sort_keys=True).encode())
+        for unit in quantized.units:
+            for layer in unit.layers:
+                digest.update(_bytes(attribute(quantized.graph_module, layer.weight)))
+        digest.update(_bytes(inputs))
+        return Chain(self.folder, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Chain:
+    """All units up to one of them, as a key."""
+
+    folder: Path | None
+    key: str
+
+    def next(self, unit: Unit) -> Chain:
+        """The chain with one more unit."""
+        return Chain(self.folder, hashlib.sha256(f"{self.key} {unit.start} {unit.nodes}".encode()).hexdigest())
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The unit's own source of random numbers."""
+        return torch.Generator(device).manual_seed(int(self.key[:15], 16))
+
+    def restore(self, module: nn.Module) -> bool:
+        """Set the unit's quantizers to what is on disk; False where nothing whole is."""
+        if self.folder is None or not self._file.exists():
+            return False
+        try:
+            state = load_file(self._file)
+            for name, quantizer in _named_quantizers(module):
+                if isinstance(quantizer, WeightQuantizer):
+                    quantizer.fix(state[f"{name}.integers"].to(quantizer.v), state[f"{name}.scale"].to(quantizer.v))
+                else:
+                    quantizer.fix(float(state[f"{name}.scale"]), int(state[f"{name}.zero_point"]))
+        except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+            logger.warning("%s cannot be used (%s); the unit is computed again", self._file, error)
+            return False
+        return True
+
+    def keep(self, module: nn.Module) -> None:
+        """Write the unit's quantizers; the file appears when it is whole."""
+        if self.folder is None:
+            return
+        state: dict[str, Tensor] = {}
+        for name, quantizer in _named_quantizers(module):
+            if isinstance(quantizer, WeightQuantizer):
+                state[f"{name}.integers"] = quantizer.integers.to("cpu", torch.int8)
+                state[f"{name}.scale"] = quantizer.start_scale.cpu()
+            else:
+                scale, zero_point = quantizer.deployed()
+                state[f"{name}.scale"] = torch.tensor(scale)
+                state[f"{name}.zero_point"] = torch.tensor(zero_point)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+        os.close(handle)
+        try:
+            save_file(state, temporary)
+            os.replace(temporary, self._file)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @property
+    def _file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self.key}.safetensors"
+
+
+def _named_quantizers(module: nn.Module) -> list[tuple[str, ActivationQuantizer | WeightQuantizer]]:
+    """Each quantizer once, under the first of its names in graph order."""
+    named = module.named_modules()
+    return [(name, child) for name, child in named if isinstance(child, (ActivationQuantizer, WeightQuantizer))]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()

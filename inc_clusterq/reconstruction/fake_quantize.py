@@ -1,0 +1,190 @@
+"""Simulated quantizers that stand where the host's observers stood in the prepared graph.
+
+Activations: unsigned affine per tensor, with learned step size (LSQ, arXiv 1902.08153) and, for two-sided tensors, a
+learned zero point (LSQ+, arXiv 2004.09576), and random dropping of the quantization (QDrop, arXiv 2203.05740):
+    ^x = s (clip(round(x / s) + z, 0, 2^b - 1) - z)
+    x~ = x with probability p, ^x otherwise, element by element, while a unit is optimised.
+Weights: symmetric per channel, rounding learned (`rounding.py`); `joint` trains the step size too while the integers'
+floor B = floor(W / s0) stays frozen (Genie-M, arXiv 2212.04780).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.reconstruction.ranges import EPSILON, activation_range, signed_levels, weight_scale
+from inc_clusterq.reconstruction.rounding import initial_v, soft_rounding
+
+SAMPLE_PER_CALL = 8192  # values kept of each observed tensor for the range search; extremes are kept exactly
+
+
+class Mode(Enum):
+    """What a quantizer does with what passes through it."""
+
+    FLOAT = "float"  # hands it on
+    OBSERVE = "observe"  # hands it on and remembers its range
+    LEARN = "learn"  # soft weights; activations quantized, some dropped
+    HARD = "hard"  # exactly what is deployed
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Quantize-dequantize with the LSQ+ gradients of scale and zero point; dropped elements pass unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int, dropped: Tensor | None) -> Tensor:
+        levels = (x * (1.0 / scale)).round_().add_(zero_point)
+        quantized = levels.clamp(0, top)
+        inside = levels == quantized
+        y = quantized.sub_(zero_point).mul_(scale)
+        if dropped is not None:
+            y = torch.where(dropped, x, y)
+        ctx.save_for_backward(x, scale, inside, y, dropped)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, scale, inside, y, dropped = ctx.saved_tensors
+        # d ^x / d s = (^x - x) / s inside the range and ^x / s outside; d ^x / d z = 0 inside and -s outside.
+        # A dropped element has ^x = x and counts as inside for x, and not at all for s and z.
+        through = inside if dropped is None else inside | dropped
+        grad_x = grad * through
+        grad_scale = ((grad * y).sum() - (grad_x * x).sum()) / scale
+        grad_zero_point = -scale * (grad.sum() - grad_x.sum())
+        return grad_x, grad_scale.reshape(scale.shape), grad_zero_point.reshape(scale.shape), None, None
+
+
+class ActivationQuantizer(nn.Module):
+    """Unsigned affine per-tensor quantizer of `bits` bits; its step is learned on a relative scale."""
+
+    def __init__(self, bits: int, norm: float) -> None:
+        super().__init__()
+        self.bits, self.norm = bits, norm
+        self.mode = Mode.FLOAT
+        self.drop_probability = 0.0
+        self.generator: torch.Generator | None = None
+        self.start_scale: Tensor
+        self.start_zero_point: Tensor
+        self.register_buffer("start_scale", torch.ones(()))
+        self.register_buffer("start_zero_point", torch.zeros(()))
+        self.scale_shift = nn.Parameter(torch.zeros(()))  # log(s / s0)
+        self.zero_point_shift = nn.Parameter(torch.zeros(()))  # (z - z0) / (2^b - 1)
+        self._low, self._high = float("inf"), float("-inf")
+        self._sample: list[Tensor] = []
+
+    @property
+    def top(self) -> int:
+        """Highest integer, 2^b - 1."""
+        return int(2**self.bits - 1)
+
+    @property
+    def observed(self) -> bool:
+        """Whether values have passed since the last initialisation."""
+        return bool(self._sample)
+
+    @property
+    def one_sided(self) -> bool:
+        """Nothing below zero was seen (after a ReLU): the zero point stays at 0."""
+        return float(self.start_zero_point) == 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode is Mode.FLOAT:
+            return x
+        if self.mode is Mode.OBSERVE:
+            self._remember(x)
+            return x
+        scale, zero_point = self.parameters_now()
+        if self.mode is Mode.HARD:
+            zero_point = zero_point.round().clamp(0, self.top)
+            levels = (x * (1.0 / scale)).round() + zero_point
+            return (levels.clamp(0, self.top) - zero_point) * scale
+        dropped = None
+        if self.drop_probability:
+            chances = torch.rand(x.shape, generator=self.generator, device=x.device)
+            dropped = chances < self.drop_probability
+        # straight-through rounding of the zero point
+        zero_point = zero_point + (zero_point.round().clamp(0, self.top) - zero_point).detach()
+        result: Tensor = _LearnedStep.apply(x, scale, zero_point, self.top, dropped)
+        return result
+
+    def parameters_now(self) -> tuple[Tensor, Tensor]:
+        """Scale and (real-valued) zero point as they stand."""
+        scale = self.start_scale * self.scale_shift.exp()
+        return scale, self.start_zero_point + self.zero_point_shift * self.top
+
+    def deployed(self) -> tuple[float, int]:
+        """Scale and integer zero point as they are handed over."""
+        scale, zero_point = self.parameters_now()
+        return float(scale.detach()), int(zero_point.detach().round().clamp(0, self.top))
+
+    def fix(self, scale: float, zero_point: int) -> None:
+        """Set the quantizer to known values."""
+        with torch.no_grad():
+            self.start_scale.fill_(scale)
+            self.start_zero_point.fill_(zero_point)
+            self.scale_shift.zero_()
+            self.zero_point_shift.zero_()
+
+    def initialise(self) -> None:
+        """Take the range that the observed values ask for, and forget them."""
+        if self._sample:
+            self.fix(*activation_range(torch.cat(self._sample), self._low, self._high, self.bits, self.norm))
+        self._sample, self._low, self._high = [], float("inf"), float("-inf")
+
+    def _remember(self, x: Tensor) -> None:
+        flat = x.detach().flatten()
+        self._low, self._high = min(self._low, float(flat.min())), max(self._high, float(flat.max()))
+        # An odd stride does not fall into step with image rows or channels.
+        stride = max(1, flat.numel() // SAMPLE_PER_CALL) | 1
+        self._sample.append(flat[::stride].clone())
+
+
+class WeightQuantizer(nn.Module):
+    """Symmetric per-channel weight quantizer of `bits` bits with learned rounding."""
+
+    def __init__(self, weight: Tensor, bits: int, norm: float, joint: bool = False) -> None:
+        super().__init__()
+        self.bits, self.joint = bits, joint
+        self.mode = Mode.FLOAT
+        self.start_scale: Tensor
+        self.floor: Tensor
+        self.integers: Tensor
+        self.register_buffer("start_scale", weight_scale(weight, bits, norm))
+        levels = weight.detach() / self.start_scale
+        self.register_buffer("floor", levels.floor())
+        self.register_buffer("integers", levels.round().clamp(*signed_levels(bits)))
+        self.v = nn.Parameter(initial_v(levels - levels.floor()))
+        self.scale_shift = nn.Parameter(torch.zeros_like(self.start_scale))  # log(s / s0)
+
+    @property
+    def scale(self) -> Tensor:
+        """Step size as it stands, shape (C, 1, ...)."""
+        return self.start_scale * self.scale_shift.exp() if self.joint else self.start_scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.mode in (Mode.FLOAT, Mode.OBSERVE):
+            return weight
+        if self.mode is Mode.HARD:
+            return self.deployed()
+        return (self.floor + soft_rounding(self.v)).clamp(*signed_levels(self.bits)) * self.scale
+
+    def harden(self, learned: bool) -> None:
+        """Fix the integers, at the rounding that V has chosen if it was `learned`; they are what is deployed."""
+        with torch.no_grad():
+            integers = self.floor + (self.v >= 0).to(self.floor.dtype) if learned else self.integers
+            self.fix(integers.clamp(*signed_levels(self.bits)), self.scale)
+
+    def fix(self, integers: Tensor, scale: Tensor) -> None:
+        """Set the quantizer to known integers and scales."""
+        with torch.no_grad():
+            self.integers.copy_(integers)
+            self.start_scale.copy_(scale.reshape(self.start_scale.shape).clamp_min(EPSILON))
+            self.scale_shift.zero_()
+
+    def deployed(self) -> Tensor:
+        """The float tensor that quantizes to exactly the chosen integers."""
+        return (self.integers * self.start_scale).detach()

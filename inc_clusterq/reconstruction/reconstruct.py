@@ -1,0 +1,252 @@
+"""Block-wise reconstruction of a prepared graph (MRECG, arXiv 2303.11906; BRECQ, QDrop and AdaRound as settings).
+
+Unit by unit, in order:   min over rounding and step sizes of  E || f_i(x~_i) - y_i ||^2 + lambda R(V)
+where y_i is the float network's output of unit i, and x~_i the unit's input as the quantized units before it make it,
+mixed element by element with the float input (QDrop). The squared error is summed over channels and averaged over
+batch and space. At the end of a unit the rounding is hard, and its outputs feed the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from inc_clusterq.progress import SILENT, Progress, Stage
+from inc_clusterq.reconstruction.capacity import homogeneous, modcap
+from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.granularity import differences, merge_pairs, select_pairs, stack_chains
+from inc_clusterq.reconstruction.graph import Unit, extract
+from inc_clusterq.reconstruction.quantizers import (
+    QuantizedGraph,
+    in_mode,
+    initialise_activations,
+    quantizers,
+    set_mode,
+)
+from inc_clusterq.reconstruction.rounding import beta_at, regulariser
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+logger = logging.getLogger(__name__)
+
+FORWARD_BATCH = 64  # images per forward pass outside the optimisation
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What became of one unit."""
+
+    name: str
+    layers: tuple[str, ...]
+    capacity: float  # ModCap
+    loss: float  # reconstruction loss after hard rounding, over all calibration images
+    relative_loss: float  # the same, in units of the targets' own power
+    seconds: float
+    resumed: bool  # taken from disk
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A reconstructed graph's units, and the base pass that chose them (granularity `loss`)."""
+
+    granularity: str
+    units: tuple[UnitReport, ...]
+    base: tuple[UnitReport, ...] = field(default=())
+
+
+@dataclass
+class _Flow:
+    """Inputs of the current unit: as the float network makes them, and as the quantized one does."""
+
+    float_inputs: Tensor
+    quantized_inputs: Tensor
+    targets: Tensor  # the float network's outputs of the unit
+
+
+def reconstruct(
+    quantized: QuantizedGraph,
+    inputs: Tensor,  # shape: (N, *shape), calibration images as the model takes them
+    settings: ReconstructionSettings,
+    *,
+    seed: int,
+    store: UnitStore,
+    progress: Progress = SILENT,
+) -> Reconstruction:
+    """Optimise every unit of `quantized` in place and leave its quantizers in the mode that is deployed.
+
+    Raises:
+        ValueError: no calibration images.
+    """
+    if len(inputs) == 0:
+        raise ValueError("reconstruction needs calibration images; none were given")
+    initialise_activations(quantized, inputs, FORWARD_BATCH)
+    start = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
+    loop = _Loop(quantized, inputs, settings, seed, store, progress)
+    granularity = settings.granularity or "modcap"
+    blocks = stack_chains(quantized.units, settings.stack_layers)
+    if granularity == "layer":
+        return Reconstruction(granularity, loop.run(quantized.units))
+    if granularity == "block":
+        return Reconstruction(granularity, loop.run(blocks))
+    if granularity == "modcap":
+        capacities = [modcap(unit, quantized.bits, settings.stride_factor) for unit in blocks]
+        pairs = select_pairs(differences(blocks, capacities, homogeneous), settings.top_k, chain=False)
+        return Reconstruction(granularity, loop.run(merge_pairs(blocks, pairs)))
+    base = loop.run(blocks)
+    losses = [report.loss for report in base]
+    pairs = select_pairs(differences(blocks, losses, lambda first, second: True), settings.top_k, chain=True)
+    if not pairs:
+        return Reconstruction(granularity, base, base)
+    quantized.graph_module.load_state_dict(start)  # units before the first merge come back from the store as they were
+    return Reconstruction(granularity, loop.run(merge_pairs(blocks, pairs)), base)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """One pass over a list of units; everything but the list stays the same between passes."""
+
+    quantized: QuantizedGraph
+    inputs: Tensor
+    settings: ReconstructionSettings
+    seed: int
+    store: UnitStore
+    progress: Progress
+
+    def run(self, units: Sequence[Unit]) -> tuple[UnitReport, ...]:
+        """Reconstruct `units` in order, each from what the units before it hand on."""
+        float_inputs = quantized_inputs = self.inputs
+        chain = self.store.start(self.quantized, self.inputs, self.settings, self.seed)
+        reports = []
+        with self.progress.stage("Reconstructing", len(units) * self.settings.iterations) as stage:
+            for number, unit in enumerate(units, 1):
+                began = time.perf_counter()
+                module = extract(self.quantized.graph_module, unit)
+                targets = _forward(module, float_inputs, Mode.FLOAT)
+                chain = chain.next(unit)
+                label = f"unit {number}/{len(units)} {unit.name}"
+                resumed = chain.restore(module)
+                if resumed:
+                    stage.advance(self.settings.iterations, f"{label} (from disk)")
+                else:
+                    flow = _Flow(float_inputs, quantized_inputs, targets)
+                    optimise(module, flow, self.settings, chain.generator(targets.device), stage, label)
+                    chain.keep(module)
+                outputs = _forward(module, quantized_inputs, Mode.HARD)
+                loss = float(reconstruction_loss(outputs, targets))
+                power = float(reconstruction_loss(targets, torch.zeros_like(targets)))
+                reports.append(
+                    UnitReport(
+                        unit.name,
+                        tuple(layer.name for layer in unit.layers),
+                        modcap(unit, self.quantized.bits, self.settings.stride_factor),
+                        loss,
+                        loss / power if power else 0.0,
+                        time.perf_counter() - began,
+                        resumed,
+                    )
+                )
+                logger.info("%s: loss %.4g in %.1f s", label, loss, reports[-1].seconds)
+                float_inputs, quantized_inputs = targets, outputs
+        set_mode(self.quantized.graph_module, Mode.HARD)
+        return tuple(reports)
+
+
+def reconstruction_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """|| y - y' ||^2 summed over channels, mean over batch and space; shapes (N, C, ...)."""
+    return (outputs - targets).square().sum(1).mean()
+
+
+def optimise(
+    module: fx.GraphModule,
+    flow: _Flow,
+    settings: ReconstructionSettings,
+    generator: torch.Generator,
+    stage: Stage,
+    label: str,
+) -> None:
+    """Learn rounding and step sizes of one unit, and leave them hard."""
+    weights = [quantizer for quantizer in quantizers(module) if isinstance(quantizer, WeightQuantizer)]
+    activations = [quantizer for quantizer in quantizers(module) if isinstance(quantizer, ActivationQuantizer)]
+    if settings.iterations:
+        with _learning(activations, settings.drop_probability, generator), in_mode(module, Mode.LEARN):
+            with torch.enable_grad():
+                _descend(module, weights, activations, flow, settings, generator, stage, label)
+    for weight in weights:
+        weight.harden(learned=settings.iterations > 0)
+    for activation in activations:
+        activation.fix(*activation.deployed())
+
+
+def _descend(
+    module: fx.GraphModule,
+    weights: list[WeightQuantizer],
+    activations: list[ActivationQuantizer],
+    flow: _Flow,
+    settings: ReconstructionSettings,
+    generator: torch.Generator,
+    stage: Stage,
+    label: str,
+) -> None:
+    steps, images = settings.iterations, len(flow.targets)
+    rounding = torch.optim.Adam([weight.v for weight in weights], lr=settings.weight_learning_rate)
+    scales = [activation.scale_shift for activation in activations]
+    scales += [activation.zero_point_shift for activation in activations if not activation.one_sided]
+    scales += [weight.scale_shift for weight in weights if weight.joint]
+    stepping = torch.optim.Adam(scales or [torch.zeros(())], lr=settings.activation_learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepping, T_max=steps)
+    report_every = max(1, steps // 20)
+    for step in range(steps):
+        chosen = torch.randint(
+            images, (min(settings.batch_size, images),), generator=generator, device=flow.targets.device
+        )
+        loss = reconstruction_loss(
+            module(_mixed(flow, chosen, settings.drop_probability, generator)), flow.targets[chosen]
+        )
+        beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
+        total = loss
+        if beta is not None:
+            total = loss + settings.rounding_weight * sum(regulariser(weight.v, beta) for weight in weights)
+        rounding.zero_grad(set_to_none=True)
+        stepping.zero_grad(set_to_none=True)
+        total.backward()
+        rounding.step()
+        stepping.step()
+        schedule.step()
+        if (step + 1) % report_every == 0 or step + 1 == steps:
+            stage.advance(
+                report_every if (step + 1) % report_every == 0 else steps % report_every, f"{label} loss {loss:.4g}"
+            )
+
+
+def _mixed(flow: _Flow, chosen: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """x~: the quantized input with some of its elements as in the float network (QDrop)."""
+    x = flow.quantized_inputs[chosen]
+    if not probability:
+        return x
+    dropped = torch.rand(x.shape, generator=generator, device=x.device) < probability
+    return torch.where(dropped, flow.float_inputs[chosen], x)
+
+
+@contextmanager
+def _learning(activations: list[ActivationQuantizer], probability: float, generator: torch.Generator) -> Iterator[None]:
+    """Activation quantizers drop elements, with randomness from `generator`."""
+    for activation in activations:
+        activation.drop_probability, activation.generator = probability, generator
+    try:
+        yield
+    finally:
+        for activation in activations:
+            activation.drop_probability, activation.generator = 0.0, None
+
+
+@torch.no_grad()
+def _forward(module: fx.GraphModule, inputs: Tensor, mode: Mode) -> Tensor:
+    """Outputs for all inputs, in batches."""
+    with in_mode(module, mode):
+        return torch.cat([module(batch) for batch in inputs.split(FORWARD_BATCH)])

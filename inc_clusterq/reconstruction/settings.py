@@ -1,0 +1,78 @@
+"""Settings of MRECG reconstruction (arXiv 2303.11906), AdaRound and QDrop included as values of the same keys."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ReconstructionSettings(BaseModel):
+    """Every expert key of the reconstruction; the same names serve in YAML, in Python and in the result's JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "fast": {"iterations": 200, "weight_learning_rate": 1e-2, "activation_learning_rate": 4e-4},
+        "balanced": {"iterations": 1000, "weight_learning_rate": 3e-3, "activation_learning_rate": 1e-4},
+        "best": {"iterations": 5000, "weight_learning_rate": 1e-3, "activation_learning_rate": 4e-5},
+    }
+
+    granularity: Literal["layer", "block", "modcap", "loss"] | None = Field(
+        None,
+        description="What is reconstructed jointly: single layers (AdaRound), residual blocks (BRECQ), or blocks joined where "
+        "their capacity differs most, by ModCap or by the loss of a base pass (MRECG). Empty: the strategy decides.",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        description="Number of adjacent pairs to join (MRECG, Eq. 10). Empty: the differences above their mean.",
+    )
+    stride_factor: float = Field(
+        1.6,
+        gt=0,
+        le=4,
+        description="Capacity factor of a strided convolution in ModCap (MRECG: about 1.6; 1 for stride 1).",
+    )
+    stack_layers: int = Field(
+        3, ge=1, le=16, description="Layers of a plain chain that form one block (released MRECG code: 3)."
+    )
+    iterations: int = Field(1000, ge=0, le=100_000, description="Optimisation steps per unit (released code: 20000).")
+    batch_size: int = Field(32, ge=1, le=4096, description="Images per step (QDrop: 32).")
+    weight_learning_rate: float = Field(
+        3e-3, gt=0, le=1, description="Adam step on the rounding variable V (AdaRound: 1e-3 at 20000 iterations)."
+    )
+    activation_learning_rate: float = Field(
+        1e-4,
+        ge=0,
+        le=1,
+        description="Adam step on activation scales, relative to the scale; cosine decay (QDrop: 4e-5).",
+    )
+    learn_weight_scale: bool = Field(
+        False, description="Train the weight step size together with the rounding (Genie-M, arXiv 2212.04780)."
+    )
+    rounding_weight: float = Field(
+        0.01,
+        ge=0,
+        le=10,
+        description="Weight of the rounding regulariser (AdaRound: 0.01; 0.1 for MobileNetV2 in MRECG).",
+    )
+    beta_start: float = Field(
+        20.0, gt=1, le=100, description="First exponent of the rounding regulariser (AdaRound: 20)."
+    )
+    beta_end: float = Field(2.0, gt=1, le=100, description="Last exponent of the rounding regulariser (AdaRound: 2).")
+    warm_up: float = Field(
+        0.2, ge=0, lt=1, description="Share of the steps before the rounding regulariser sets in (AdaRound: 0.2)."
+    )
+    drop_probability: float = Field(
+        0.5, ge=0, le=1, description="Chance that an element stays unquantized during optimisation (QDrop: 0.5)."
+    )
+    range_norm: float = Field(
+        2.4, ge=1, le=8, description="p of the Lp error that initial scales minimise (AdaRound: 2.4)."
+    )
+    edge_bits: int = Field(
+        8,
+        ge=2,
+        le=8,
+        description="Bits of the first and the last layer and of their inputs (protocol of the papers: 8).",
+    )

@@ -1,0 +1,111 @@
+"""What a job found: the table for people, and the same as JSON beside the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from inc_clusterq.deployment.inductor import Latency, Parity
+from inc_clusterq.tuning import TuningOutcome
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison."""
+
+    name: str
+    score: float
+    size: int  # bytes of the saved model
+    latency: Latency
+
+
+@dataclass(frozen=True)
+class Result:
+    """The quantized model's folder, and everything that was measured on the way."""
+
+    output: Path
+    metric: str  # "accuracy" or "agreement"
+    scored_on: str  # in words: which images
+    rows: tuple[Row, ...]
+    goal: float
+    outcome: TuningOutcome
+    parity: Parity
+    config: Mapping[str, Any]
+    environment: Mapping[str, str]
+    seconds: Mapping[str, float]  # by stage
+
+    @property
+    def met_goal(self) -> bool:
+        """Whether the best trial meets the accuracy criterion."""
+        return self.outcome.best.met_goal
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the model, as JSON takes it."""
+        return {
+            "format": FORMAT,
+            "metric": self.metric,
+            "scored_on": self.scored_on,
+            "goal": self.goal,
+            "met_goal": self.met_goal,
+            "models": [asdict(row) for row in self.rows],
+            "best_trial": self.outcome.best.trial.label,
+            "trials": [
+                {"label": record.trial.label, "score": record.score, "met_goal": record.met_goal}
+                for record in self.outcome.trials
+            ],
+            "reconstruction": asdict(self.outcome.reconstruction),
+            "parity": asdict(self.parity),
+            "seconds": dict(self.seconds),
+            "environment": dict(self.environment),
+            "config": dict(self.config),
+        }
+
+    def write(self, file: Path) -> None:
+        """Write the JSON."""
+        file.write_text(json.dumps(self.as_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+
+    def print(self, console: Console) -> None:
+        """Print the table and what must be said with it."""
+        table = Table(title=f"{self.metric} on {self.scored_on}", title_justify="left")
+        table.add_column("model")
+        for heading in (self.metric, "size on disk", "latency, batch 1", "against float"):
+            table.add_column(heading, justify="right")
+        reference = self.rows[0]
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                f"{row.score:.2%}",
+                f"{row.size / 1024:.0f} KiB",
+                f"{row.latency.median:.2f} ms ({row.latency.low:.2f} to {row.latency.high:.2f})",
+                f"{reference.latency.median / row.latency.median:.2f}x",
+            )
+        console.print(table)
+        verdict = "meets" if self.met_goal else "MISSES"
+        console.print(
+            f"Best of {len(self.outcome.trials)} trial(s), {self.outcome.best.trial.label}: {verdict} the goal of "
+            f"{self.goal:.2%}." + ("" if self.met_goal else " It is the best model found, and it was saved."),
+            soft_wrap=True,
+            highlight=False,
+        )
+        if self.metric == "agreement":
+            console.print(
+                "No labelled set was named: agreement is the share of synthetic images to which a model gives the float "
+                "model's class. It tells what quantization changed, not how accurate the float model is.",
+                soft_wrap=True,
+                highlight=False,
+            )
+        console.print(
+            f"Compiled int8 against evaluated: same class on {self.parity.agreement:.2%} of {self.parity.images} images, "
+            f"deviation {self.parity.in_range:.3%} of the output range ({self.parity.out_of_range:.3%} on inputs beyond it).",
+            soft_wrap=True,
+            highlight=False,
+        )
+        console.print(f"Saved in {self.output}", soft_wrap=True, highlight=False)

@@ -1,0 +1,149 @@
+"""ClusterQ (arXiv 2205.00179): a calibration set from a trained network alone.
+
+1. A class-conditional generator learns inputs that the network classifies as wanted and whose BatchNorm statistics are
+   those of the training data; after a warm-up their class features are drawn to per-class centroids (`centroids`).
+2. It paints the set, every class equally often, and the samples themselves are optimised further (`refine`).
+
+One `torch.Generator`, on the CPU, gives every random number, so a seed names one result: to the bit on the same kind of
+machine, as far as the network's own operations are deterministic there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.synthesis.augmentation import augment
+from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
+from inc_clusterq.synthesis.generator import Generator, build_generator
+from inc_clusterq.synthesis.objective import draw_diversity, evaluate
+from inc_clusterq.synthesis.refine import random_samples, refine
+from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.statistics import Moments
+from inc_clusterq.synthesis.teacher import Teacher, teach
+
+
+def synthesise(
+    module: nn.Module,
+    spec: InputSpec,
+    settings: ClusterQSettings,
+    *,
+    num_classes: int,
+    samples: int,
+    seed: int,
+    progress: Progress = SILENT,
+) -> tuple[Tensor, Tensor]:
+    """Inputs (samples, *spec.shape), float32, normalised, inside the value range; and their labels (samples,), int64.
+
+    Both lie on the CPU; the work is done where `module` lies. Any stretch of the labels is balanced to within one or two
+    per class. `module` is in use meanwhile and comes back unchanged.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; a classifier has at least 2")
+    rng = torch.Generator().manual_seed(seed)
+    labels = balanced_labels(torch.arange(num_classes), samples, rng)
+    deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with (
+        deterministic,
+        teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as teacher,
+    ):
+        classes = labels.unique().to(teacher.device)
+        centroids = unseen(classes, teacher.references[teacher.first_aligned :])
+        if settings.iterations:
+            generator = build_generator(spec, num_classes, settings.latent_size, rng, teacher.device)
+            centroids = train(generator, teacher, spec, settings, centroids, rng, progress)
+            inputs = paint(generator, labels, settings, rng)
+        else:
+            inputs = random_samples(spec, samples, rng)
+        if settings.refine_iterations:
+            inputs = refine(inputs, labels, teacher, spec, settings, centroids, rng, progress)
+    return inputs, labels
+
+
+def balanced_labels(classes: Tensor, samples: int, rng: torch.Generator) -> Tensor:
+    """`samples` labels, shape (samples,): rounds over all `classes`, each in a new random order, the last one cut."""
+    rounds = math.ceil(samples / len(classes))
+    order = torch.cat([torch.randperm(len(classes), generator=rng) for _ in range(rounds)])[:samples]
+    return classes[order.to(classes.device)]
+
+
+def train(
+    generator: Generator,
+    teacher: Teacher,
+    spec: InputSpec,
+    settings: ClusterQSettings,
+    centroids: Centroids,
+    rng: torch.Generator,
+    progress: Progress,
+) -> Centroids:
+    """Train `generator` in place for `iterations` steps; return the class centroids it arrived at."""
+    first = teacher.first_aligned
+    optimiser = torch.optim.Adam(generator.parameters(), settings.learning_rate, betas=settings.betas)
+    noise: tuple[Moments, ...] = ()
+    with progress.stage("Training the generator", settings.iterations) as stage:
+        for iteration in range(settings.iterations):
+            if iteration == settings.warmup_iterations:
+                centroids = start_centroids(generator, teacher, settings, centroids, rng)
+            warm = iteration >= settings.warmup_iterations
+            if warm:
+                noise = draw_diversity(
+                    rng,
+                    teacher.references[first:],
+                    len(centroids.classes),
+                    settings.mean_diversity,
+                    settings.variance_diversity,
+                )
+            labels = balanced_labels(centroids.classes, settings.batch_size, rng)
+            x = generator(_latents(settings.batch_size, settings, rng, teacher.device), labels)
+            seen = teacher.observe(augment(x, settings.augmentation, rng))
+            losses = evaluate(x, seen, labels, teacher, spec, settings, centroids if warm else None, noise)
+            optimiser.zero_grad()
+            losses.total(settings).backward()
+            optimiser.step()
+            if warm:
+                centroids = moved(centroids, seen.samples[first:], labels, seen.predicted, settings.centroid_momentum)
+            stage.advance(1, losses.note())
+    if settings.warmup_iterations >= settings.iterations:
+        centroids = start_centroids(generator, teacher, settings, centroids, rng)
+    return centroids
+
+
+@torch.no_grad()
+def start_centroids(
+    generator: Generator, teacher: Teacher, settings: ClusterQSettings, centroids: Centroids, rng: torch.Generator
+) -> Centroids:
+    """Centroids from `centroid_samples` generated samples of each class."""
+    labels = centroids.classes.repeat_interleave(settings.centroid_samples)
+    seen = [teacher.observe(_paint_batch(generator, part, settings, rng)) for part in labels.split(settings.batch_size)]
+    samples = [
+        Moments(torch.cat([m.mean for m in layer]), torch.cat([m.variance for m in layer]))
+        for layer in zip(*(s.samples[teacher.first_aligned :] for s in seen), strict=True)
+    ]
+    predicted = torch.cat([s.predicted for s in seen])
+    return moved(centroids, samples, labels, predicted, settings.centroid_momentum)
+
+
+@torch.no_grad()
+def paint(generator: Generator, labels: Tensor, settings: ClusterQSettings, rng: torch.Generator) -> Tensor:
+    """One generated sample per label, shape (N, *spec.shape), on the CPU."""
+    device = generator.embedding.weight.device
+    parts = labels.to(device).split(settings.batch_size)
+    return torch.cat([_paint_batch(generator, part, settings, rng).cpu() for part in parts])
+
+
+def _paint_batch(generator: Generator, labels: Tensor, settings: ClusterQSettings, rng: torch.Generator) -> Tensor:
+    # Running statistics instead of the batch's own: a sample must not depend on its neighbours, nor a last one fail alone.
+    generator.eval()
+    x: Tensor = generator(_latents(len(labels), settings, rng, labels.device), labels)
+    generator.train()
+    return x
+
+
+def _latents(samples: int, settings: ClusterQSettings, rng: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randn(samples, settings.latent_size, generator=rng).to(device)

@@ -1,0 +1,110 @@
+"""`ClusterQDataLoader`: a calibration data loader that needs no data, in place of a user's own.
+
+It yields (input, label) batches as Neural Compressor's loaders do, and `loader.calibrate` is a `run_fn` of its 3.x API.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.models import check_logits, fingerprint
+from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.synthesis.refine import random_samples
+from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.statistics import batch_norms
+from inc_clusterq.synthesis.store import SyntheticDataset, build_dataset, cached_dataset
+
+
+@dataclass
+class _Shared:
+    """The set, once made; all copies of a loader hold the same one."""
+
+    dataset: SyntheticDataset | None = None
+
+
+class ClusterQDataLoader:
+    """Batches of a ClusterQ set of `sampling_size` inputs for `model`, made when they are first asked for.
+
+    `model` is the trained float network, before any quantization, BatchNorm not folded; `input` says what it takes.
+    `settings` sets the effort (default: the preset `balanced`). With `cache_dir` the set is kept there and found again for
+    the same model, input, settings, size and seed. What is wrong with the model is said at once, by ModelError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input: InputSpec,  # the host's word for it
+        *,
+        sampling_size: int = 256,
+        batch_size: int = 32,
+        seed: int = 1978,
+        settings: ClusterQSettings | None = None,
+        cache_dir: Path | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        for name, value in (("sampling_size", sampling_size), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        batch_norms(model)
+        self.num_classes = check_logits(model, input)
+        self.model = model
+        self.input = input
+        self.sampling_size = sampling_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.settings = settings if settings is not None else ClusterQSettings()
+        self.cache_dir = cache_dir
+        self.progress = progress
+        self._shared = _Shared()
+
+    @property
+    def dataset(self) -> SyntheticDataset:
+        """The whole set."""
+        if self._shared.dataset is None:
+            self._shared.dataset = self._make()
+        return self._shared.dataset
+
+    @property
+    def example_inputs(self) -> tuple[Tensor]:
+        """A batch of two random inputs of the right shape, for the host's export; it does not wait for the synthesis."""
+        return (random_samples(self.input, 2, torch.Generator().manual_seed(self.seed)),)
+
+    def calibrate(self, model: nn.Module) -> None:
+        """Run every batch through `model` without gradients: the host's `run_fn`."""
+        anchor = next(chain(model.parameters(), model.buffers()), None)
+        with torch.no_grad():
+            for inputs, _ in self:
+                model(inputs if anchor is None else inputs.to(anchor.device))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        dataset = self.dataset
+        parts = (tensor.split(self.batch_size) for tensor in (dataset.inputs, dataset.labels))
+        return zip(*parts, strict=True)
+
+    def __len__(self) -> int:
+        return -(-self.sampling_size // self.batch_size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClusterQDataLoader:
+        # A copy per trial must not mean a synthesis per trial.
+        return copy.copy(self)
+
+    def _make(self) -> SyntheticDataset:
+        request: dict[str, Any] = {
+            "num_classes": self.num_classes,
+            "samples": self.sampling_size,
+            "seed": self.seed,
+            "progress": self.progress,
+        }
+        digest = fingerprint(self.model)
+        if self.cache_dir is None:
+            return build_dataset(self.model, digest, self.input, self.settings, **request)
+        return cached_dataset(self.cache_dir, self.model, digest, self.input, self.settings, **request)

@@ -1,0 +1,115 @@
+"""The trained network as a teacher: its logits and the moments at its BatchNorm inputs, with the caller's model unharmed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.errors import ConfigError, ModelError
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.statistics import (
+    Moments,
+    Reference,
+    average,
+    batch_norms,
+    capture_inputs,
+    reference,
+    sample_moments,
+)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the teacher says of a batch."""
+
+    logits: Tensor  # (N, K)
+    samples: tuple[Moments, ...]  # per BatchNorm layer, each (N, C)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The most likely class of each sample, shape (N,)."""
+        return self.logits.detach().argmax(1)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network with its BatchNorm layers in order of execution; alignment starts at layer `first_aligned`."""
+
+    module: nn.Module
+    layers: tuple[nn.Module, ...]
+    references: tuple[Reference, ...]
+    first_aligned: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def observe(self, x: Tensor) -> Observation:
+        """Run a batch of normalised inputs, shape (N, *input)."""
+        with capture_inputs(self.layers, lambda seen: sample_moments(seen, x.shape[0])) as captured:
+            logits = self.module(x.to(self.dtype))
+        return Observation(logits.float(), tuple(average(captured[layer]) for layer in self.layers))
+
+
+@contextmanager
+def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned_layer: int | None) -> Iterator[Teacher]:
+    """Open `module` as a teacher: eval mode and no parameter gradients inside, everything as it was outside."""
+    layers = batch_norms(module)
+    parameter = next(module.parameters(), None)
+    anchor = parameter if parameter is not None else layers[0].get_buffer("running_mean")
+    with frozen(module):
+        low, high = spec.bounds(torch.zeros((), device=anchor.device))
+        probe = ((low + high) / 2).expand(2, *spec.shape).to(anchor.dtype)
+        with torch.no_grad(), capture_inputs(layers, lambda seen: None) as called:
+            logits = module(probe)
+        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(
+                f"{type(module).__name__} returns {found} for two inputs of shape {list(spec.shape)}; class logits of "
+                f"shape [2, {num_classes}] are needed"
+            )
+        if not called:
+            raise ModelError(
+                f"{type(module).__name__} holds {len(layers)} BatchNorm layers but calls none of them, so their "
+                "statistics say nothing of its inputs; calibrate with real inputs through the host's static quantization"
+            )
+        ordered = tuple(called)
+        yield Teacher(
+            module,
+            ordered,
+            tuple(reference(layer) for layer in ordered),
+            first_aligned(len(ordered), first_aligned_layer),
+            anchor.device,
+            anchor.dtype,
+        )
+
+
+def first_aligned(layers: int, wanted: int | None) -> int:
+    """Index of the first aligned layer of `layers`: the wanted one, or the released code's floor((L + 1) / 2) - 2."""
+    if wanted is None:
+        return max(0, (layers + 1) // 2 - 2)
+    if wanted >= layers:
+        raise ConfigError(
+            f"first_aligned_layer is {wanted}, but the model calls {layers} BatchNorm layers; "
+            f"use 0 to {layers - 1}, or leave it out for the paper's choice"
+        )
+    return wanted
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode for every submodule and no gradient for any parameter; each one's own setting comes back."""
+    training = [(part, part.training) for part in module.modules()]
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        module.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for part, flag in training:
+            part.training = flag
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,38 @@
+"""The MRECG tuning strategy: joint granularity first, then the worst units at 8 bits (arXiv 2303.11906, Sec. 3.3).
+
+Order of the trials, cheapest promise first:
+  1. ModCap granularity: needs no pass of its own.
+  2. Loss granularity: one base pass, whose units are reused; the paper's global optimum.
+  3. The better-informed of the two with 1, 2, 4, ... units at 8 bits, those with the largest relative loss first.
+A granularity that the user fixed leaves out the choice between 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.tuning import Trial, TuningRequest
+
+FULL_BITS = 8  # a unit that falls back gets as many bits as the host's kernels take
+
+
+class MRECGStrategy:
+    """Proposes granularities, then fallbacks; it has no options of its own."""
+
+    def trials(self, request: TuningRequest) -> Sequence[Trial]:
+        """At most `request.max_trials` trials; see the module's text for their order."""
+        fixed = request.settings.granularity
+        granularities = (fixed,) if fixed else ("modcap", "loss")
+        proposals = [Trial(name, _with_granularity(request.settings, name)) for name in granularities]
+        if min(request.weight_bits, request.activation_bits) < FULL_BITS:
+            settings = proposals[-1].settings
+            units = 1
+            while len(proposals) < request.max_trials:
+                proposals.append(Trial(f"{granularities[-1]}, {units} units at {FULL_BITS} bits", settings, units))
+                units *= 2
+        return proposals[: request.max_trials]
+
+
+def _with_granularity(settings: ReconstructionSettings, granularity: str) -> ReconstructionSettings:
+    return ReconstructionSettings.model_validate({**settings.model_dump(), "granularity": granularity})

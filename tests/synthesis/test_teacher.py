@@ -1,0 +1,89 @@
+"""The caller's model is in use for a while and comes back unchanged."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.errors import ConfigError, ModelError
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.teacher import first_aligned, frozen, teach
+
+
+def open_teacher(module: nn.Module, spec: InputSpec, classes: int = 2) -> None:
+    with teach(module, spec, num_classes=classes, first_aligned_layer=None):
+        pass
+
+
+def test_every_flag_comes_back_after_a_failure(trained: nn.Module) -> None:
+    trained.train()
+    trained[1].eval()
+    trained[0].weight.requires_grad_(False)
+    before = copy.deepcopy(trained)
+    with pytest.raises(ZeroDivisionError), frozen(trained):
+        assert not any(part.training for part in trained.modules())
+        assert not any(parameter.requires_grad for parameter in trained.parameters())
+        raise ZeroDivisionError
+    assert [part.training for part in trained.modules()] == [part.training for part in before.modules()]
+    assert [p.requires_grad for p in trained.parameters()] == [p.requires_grad for p in before.parameters()]
+
+
+def test_layers_come_in_order_of_execution_and_unused_ones_are_left_out() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.unused, self.first = nn.BatchNorm1d(3), nn.BatchNorm1d(9), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(input=self.first(x).relu())
+            return out
+
+    net = Backwards()
+    with teach(net, InputSpec((3,)), num_classes=3, first_aligned_layer=None) as teacher:
+        assert teacher.layers == (net.first, net.last)
+
+
+def test_a_model_that_calls_no_batch_norm_is_refused() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    with pytest.raises(ModelError, match="calls none of them"):
+        open_teacher(Idle(), InputSpec((2,)))
+
+
+def test_outputs_that_are_not_the_expected_logits_are_named() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    with pytest.raises(ModelError, match=r"returns \[2, 2\] .* \[2, 5\] are needed"):
+        open_teacher(net, InputSpec((2,)), classes=5)
+
+
+def test_batch_norm_before_convolution_and_in_double_precision_works() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    spec = InputSpec((3, 5, 5))
+    with teach(net, spec, num_classes=6, first_aligned_layer=None) as teacher:
+        x = torch.rand(4, 3, 5, 5, requires_grad=True)
+        seen = teacher.observe(x)
+        seen.samples[0].mean.sum().backward()
+    assert seen.logits.dtype == torch.float32
+    torch.testing.assert_close(seen.samples[0].mean, x.detach().double().mean((2, 3)))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 25))
+
+
+@pytest.mark.parametrize(("layers", "first"), [(1, 0), (3, 0), (4, 0), (5, 1), (19, 8), (20, 8), (27, 12)])
+def test_first_aligned_layer_follows_the_released_code(layers: int, first: int) -> None:
+    assert first_aligned(layers, None) == first
+
+
+def test_a_first_aligned_layer_beyond_the_last_is_refused() -> None:
+    assert first_aligned(3, 2) == 2
+    with pytest.raises(ConfigError, match="first_aligned_layer is 3, but the model calls 3 BatchNorm layers; use 0 to 2"):
+        first_aligned(3, 3)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from inc_clusterq.checkpoints import fit_state, read_state
+from inc_clusterq.errors import ModelError
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    return net().state_dict()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+def test_what_was_saved_is_what_is_read(tmp_path: Path, state: dict[str, Tensor], suffix: str) -> None:
+    file = tmp_path / f"net{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, file)
+    else:
+        torch.save(state, file)
+    read = read_state(file)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_wrapping_and_prefixes_of_training_scripts_are_taken_off(tmp_path: Path, state: dict[str, Tensor], key: str) -> None:
+    file = tmp_path / "net.pth"
+    torch.save({key: OrderedDict((f"module.{name}", value) for name, value in state.items()), "epoch": 3}, file)
+    assert read_state(file).keys() == state.keys()
+
+
+class _Own:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_Own(), "holds more than tensors"),
+        (net(), "holds more than tensors"),
+        ([1, 2], "holds list, not the named tensors"),
+        ({}, "not the named tensors"),
+        ({"epoch": 3, "weights": {}}, "'epoch' is int, not a tensor"),
+    ],
+)
+def test_a_file_with_anything_but_named_tensors_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "net.pt"
+    torch.save(content, file)
+    with pytest.raises(ModelError, match=r"checkpoint .*net\.pt: ") as raised:
+        read_state(file)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_a_damaged_file_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    file = tmp_path / f"net{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"cannot be read|is damaged"):
+        read_state(file)
+
+
+def test_a_missing_file_and_an_unknown_suffix_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such file"):
+        read_state(tmp_path / "net.pt")
+    with pytest.raises(ModelError, match=r"must end in \.safetensors, \.pt or \.pth"):
+        read_state(tmp_path / "net.onnx")
+
+
+def test_fitting_tensors_are_loaded(state: dict[str, Tensor]) -> None:
+    target = net()
+    del state["1.num_batches_tracked"]  # checkpoints of old torch lack it, and inference does not need it
+    fit_state(target, state, "checkpoint")
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in state.items())
+
+
+def test_misfits_are_listed_by_kind_five_of_each_at_most(state: dict[str, Tensor]) -> None:
+    target = net()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    other = {f"head.{position}": torch.zeros(1) for position in range(7)}
+    other.update({name: value for name, value in state.items() if name != "0.bias"})
+    other["0.weight"] = torch.zeros(4, 1, 3, 3)
+    with pytest.raises(ModelError) as raised:
+        fit_state(target, other, "checkpoint net.pt")
+    assert str(raised.value) == (
+        "checkpoint net.pt does not fit the model. Tensors 1 missing: 0.bias; "
+        "7 not in the model: head.0, head.1, head.2, head.3, head.4 and 2 more; "
+        "1 of another shape: 0.weight (4, 1, 3, 3) in place of (2, 1, 3, 3)"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from inc_clusterq.config import AccuracyConfig
+from inc_clusterq.errors import DatasetError
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.labelled import load_labelled
+from inc_clusterq.models import FloatModel
+
+MODEL = FloatModel("net", nn.Identity(), InputSpec((2, 4)), 3, "")
+
+
+def load(folder: Path, write_module: Callable[[str], str], result: str) -> tuple[torch.Tensor, torch.Tensor]:
+    module = write_module(f"import torch\ndef data():\n    return {result}")
+    return load_labelled(AccuracyConfig.model_validate({"dataset": f"python:{module}:data"}, context={"folder": folder}), MODEL)
+
+
+def test_a_labelled_set_arrives_as_float32_and_int64(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    result = "torch.ones(3, 2, 4, dtype=torch.float64), torch.tensor([0, 2, 1], dtype=torch.uint8)"
+    inputs, labels = load(tmp_path, write_module, result)
+    assert torch.equal(inputs, torch.ones(3, 2, 4))
+    assert torch.equal(labels, torch.tensor([0, 2, 1]))
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("[1, 2]", "must return two tensors, .* it returned list"),
+        ("torch.ones(3, 2, 4), [0, 1, 2]", "must return two tensors"),
+        ("torch.ones(3, 2, 5), torch.zeros(3).long()", r"shape \(3, 2, 5\); they must be floats of shape \(N, 2, 4\)"),
+        ("torch.ones(3, 2, 4).byte(), torch.zeros(3).long()", "inputs are torch.uint8"),
+        ("torch.ones(0, 2, 4), torch.zeros(0).long()", r"shape \(0, 2, 4\)"),
+        ("torch.ones(3, 2, 4), torch.zeros(3)", "labels are torch.float32"),
+        ("torch.ones(3, 2, 4), torch.zeros(4).long()", r"labels are torch.int64 of shape \(4,\)"),
+        ("torch.ones(2, 2, 4), torch.tensor([1, 3])", "labels go from 1 to 3; the model has the classes 0 to 2"),
+        ("torch.ones(2, 2, 4), torch.tensor([-1, 2])", "labels go from -1 to 2"),
+        ("torch.ones(1, 2, 4) / 0, torch.tensor([1])", "some inputs are not finite"),
+    ],
+)
+def test_a_set_that_does_not_suit_the_model_is_refused(
+    tmp_path: Path, write_module: Callable[[str], str], result: str, message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        load(tmp_path, write_module, result)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from inc_clusterq.config import ModelConfig
+from inc_clusterq.errors import ModelError
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.models import check_logits, fingerprint, load_model
+
+SPEC = InputSpec((1, 8, 8))
+NET = """
+    from torch import nn
+    def net():
+        layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
+        return nn.Sequential(*layers).double()
+    def text():
+        return "net"
+"""
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+def config(folder: Path, architecture: str, **keys: Any) -> ModelConfig:
+    data = {"architecture": architecture, "input": {"shape": [1, 8, 8]}, **keys}
+    return ModelConfig.model_validate(data, context={"folder": folder})
+
+
+def test_a_function_and_a_checkpoint_make_a_frozen_float_model(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    trained = net()
+    save_file(trained.state_dict(), tmp_path / "net.safetensors")
+    loaded = load_model(config(tmp_path, f"python:{write_module(NET)}:net", weights="net.safetensors"))
+    assert (loaded.name, loaded.num_classes, loaded.input) == ("net", 5, SPEC)
+    assert not loaded.module.training
+    assert all(not value.requires_grad and value.dtype == torch.float32 for value in loaded.module.parameters())
+    assert loaded.fingerprint == fingerprint(trained)
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.module(x), trained.eval()(x))
+
+
+def test_a_function_may_return_a_trained_model(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    assert load_model(config(tmp_path, f"python:{write_module(NET)}:net")).num_classes == 5
+
+
+def test_a_function_that_returns_something_else_is_refused(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    with pytest.raises(ModelError, match=r"text returned str; it must return a torch.nn.Module"):
+        load_model(config(tmp_path, f"python:{write_module(NET)}:text"))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    save_file({"0.weight": torch.zeros(4, 1, 3, 3)}, tmp_path / "net.safetensors")
+    with pytest.raises(ModelError, match=r"net\.safetensors does not fit the model. Tensors 7 missing: 0.bias, "):
+        load_model(config(tmp_path, f"python:{write_module(NET)}:net", weights="net.safetensors"))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    state = net().state_dict()
+    state["4.bias"][2] = float("nan")
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(ModelError, match=r"4\.bias holds values that are not finite"):
+        load_model(config(tmp_path, f"python:{write_module(NET)}:net", weights="net.safetensors"))
+
+
+class Returns(nn.Module):
+    """Passes the input to a function, whose result it returns."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: {"logits": x}, "the model returns dict; it must return one tensor"),
+        (lambda x: (x, x), "the model returns tuple"),
+        (lambda x: x, r"of shape \(2, 1, 8, 8\) for 2 samples"),
+        (lambda x: x.mean((2, 3)), r"at least 2 classes"),
+        (lambda x: x.mean((2, 3), keepdim=True).expand(2, 4, 1, 1), "flatten it in the model"),
+        (lambda x: x.flatten(1).argmax(1, keepdim=True).expand(2, 4), r"returns torch.int64 of shape \(2, 4\)"),
+        (lambda x: x.flatten(1)[:1], r"of shape \(1, 64\) for 2 samples"),
+        (lambda x: x.flatten(1).softmax(1), "take the softmax out"),
+        (lambda x: x.flatten(1) / 0, "not finite"),
+        (
+            lambda x: x @ torch.zeros(3, 3),
+            r"does not take an input of shape \(2, 1, 8, 8\), model.input.shape is \[1, 8, 8\]",
+        ),
+    ],
+)
+def test_what_is_not_logits_is_refused(function: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        check_logits(Returns(function), SPEC)
+
+
+def test_an_input_size_that_does_not_fit_is_refused_with_both_shapes() -> None:
+    with pytest.raises(ModelError, match=r"shape \(2, 3, 32, 32\), model.input.shape is \[3, 32, 32\]: RuntimeError"):
+        check_logits(net(), InputSpec((3, 32, 32)))
+
+
+def test_checking_leaves_the_model_as_it_was() -> None:
+    model = net()
+    model[2].eval()
+    before = fingerprint(model)
+    assert check_logits(model, SPEC) == 5
+    assert [part.training for part in model] == [True, True, False, True, True]
+    assert fingerprint(model) == before
+
+
+def test_the_fingerprint_tells_structure_and_every_value_apart() -> None:
+    torch.manual_seed(0)
+    model = net()
+    twin = net()
+    twin.load_state_dict(model.state_dict())
+    assert fingerprint(twin) == fingerprint(model)
+    assert fingerprint(nn.Sequential(*model, nn.ReLU())) != fingerprint(model)
+    variance = twin.state_dict()["1.running_var"]
+    variance[3] = variance[3].nextafter(torch.tensor(9.0))
+    assert fingerprint(twin) != fingerprint(model)
+
+
+def torchvision_config(folder: Path, name: str, weights: str | None = None) -> ModelConfig:
+    return config(folder, f"torchvision:{name}", weights=weights, input={"shape": [3, 64, 64]})
+
+
+def test_a_torchvision_checkpoint_brings_its_own_number_of_classes(tmp_path: Path) -> None:
+    import torchvision
+
+    trained = torchvision.models.mobilenet_v2(num_classes=7)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "net.pth")
+    loaded = load_model(torchvision_config(tmp_path, "mobilenet_v2", "net.pth"))
+    assert loaded.num_classes == 7
+    assert loaded.fingerprint == fingerprint(trained)
+
+
+def test_published_weights_come_from_the_cache_and_are_never_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloads"))
+    with pytest.raises(ModelError, match=r"not in torch's cache .* Nothing is downloaded here"):
+        load_model(torchvision_config(tmp_path, "shufflenet_v2_x0_5", "DEFAULT"))
+    trained = torchvision.models.shufflenet_v2_x0_5()
+    file = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(trained.state_dict(), tmp_path / "checkpoints" / file)
+    assert load_model(torchvision_config(tmp_path, "shufflenet_v2_x0_5", "DEFAULT")).fingerprint == fingerprint(trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("resnet81", "DEFAULT", r"no classification model 'resnet81'; did you mean resnet18"),
+        ("fcn_resnet50", "DEFAULT", r"no classification model 'fcn_resnet50'"),
+        ("resnet18", None, r"resnet18 would be untrained; name a checkpoint file or published weights"),
+        ("resnet18", "IMAGENET", r"must be one of IMAGENET1K_V1"),
+    ],
+)
+def test_what_torchvision_does_not_have_is_refused(tmp_path: Path, name: str, weights: str | None, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(torchvision_config(tmp_path, name, weights))
