@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
-from inc_clusterq.errors import ModelError
+from inc_clusterq.errors import ClusterQError, ModelError
 from inc_clusterq.models import FloatModel
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.tuning import Score, Trial, TrialRecord, TuningOutcome, TuningRequest
@@ -27,7 +27,6 @@ __all__ = ["MRECGConfig", "NeuralCompressorAdaptor"]
 
 EXPORT_TOLERANCE = 1e-3  # of the largest output
 MOST_IMAGES_PER_CALL = 4096  # bound of the batch dimension that the exporter is told
-BATCH = 64  # images per calibration call
 
 logger = logging.getLogger("neural_compressor")
 
@@ -64,7 +63,7 @@ class NeuralCompressorAdaptor:
     def tune(
         self,
         exported: nn.Module,
-        calibration: Tensor,
+        calibration: Sequence[Tensor],
         trials: Sequence[Trial],
         request: TuningRequest,
         score: Score,
@@ -82,13 +81,18 @@ class NeuralCompressorAdaptor:
         tuning = TuningConfig(config_set=configs, tolerable_loss=request.tolerable_loss, max_trials=len(configs))
         with watched_by(progress), _quiet(logging.WARNING):
             model = autotune(exported, tuning, eval_fn=eval_fn, run_fn=_runner(calibration))
+        if model is None:
+            raise ClusterQError(
+                f"Neural Compressor ended its tuning without a model after {len(scores) - 1} of {len(configs)} trials; "
+                "it skips trials that are alike, so check the strategy"
+            )
         float_score, found = scores[0], scores[1:]
         goal = float_score * (1 - request.tolerable_loss)
         records = tuple(TrialRecord(trial, value, value >= goal) for trial, value in zip(trials, found, strict=False))
         best = max(records, key=lambda record: record.score)
         return TuningOutcome(model, model.reconstruction, float_score, best, records)
 
-    def quantize_static(self, exported: nn.Module, calibration: Tensor) -> nn.Module:
+    def quantize_static(self, exported: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
         """The host's static quantization with its defaults; the given graph stays as it is."""
         own = deepcopy(exported)
         own._exported, own.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
@@ -119,12 +123,12 @@ class NeuralCompressorAdaptor:
         return found
 
 
-def _runner(calibration: Tensor) -> Any:
-    """The host's `run_fn` for a tensor of images."""
+def _runner(calibration: Sequence[Tensor]) -> Any:
+    """The host's `run_fn` for batches of images."""
 
     def run(model: nn.Module) -> None:
         with torch.no_grad():
-            for batch in calibration.split(BATCH):
+            for batch in calibration:
                 model(batch)
 
     return run

@@ -101,7 +101,8 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
         reference = model(example)
     dynamic_shapes = getattr(model, "dynamic_shapes", None)
     W8A8PT2EQuantizer.is_dynamic = False  # a class attribute that the host's dynamic algorithm leaves set
-    prepared: fx.GraphModule = W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(model)
+    # A copy: the exported graph shares its parameters with the user's float model.
+    prepared: fx.GraphModule = deepcopy(W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(model))
     prepared.dynamic_shapes = dynamic_shapes  # type: ignore[assignment]  # host's attribute
     batches: list[Tensor] = []
 
@@ -118,9 +119,7 @@ def _random_input(exported: nn.Module) -> Tensor:
     assert isinstance(exported, fx.GraphModule)
     inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
-        raise ModelError(
-            f"the model has {len(inputs)} inputs; only models with one image tensor as input can be quantized"
-        )
+        raise ModelError(f"the model has {len(inputs)} inputs; only models with one image tensor as input can be quantized")
     shape = inputs[0].meta["val"].shape
     batch = shape[0] if isinstance(shape[0], int) else 2
     return torch.randn(batch, *(int(size) for size in shape[1:]), generator=torch.Generator().manual_seed(0))

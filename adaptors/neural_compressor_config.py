@@ -104,9 +104,7 @@ class MRECGConfig(TorchBaseConfig):
                 if not (isinstance(bits, int) and 2 <= bits <= 8):
                     raise ValueError(f"{key} is {bits!r}; it must be a whole number from 2 to 8")
         if not isinstance(self.preset, list) and self.preset not in ReconstructionSettings.PRESETS:
-            raise ValueError(
-                f"preset is {self.preset!r}; it must be one of {', '.join(ReconstructionSettings.PRESETS)}"
-            )
+            raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(ReconstructionSettings.PRESETS)}")
         if not isinstance(self.granularity, list) and not isinstance(self.preset, list):
             self.reconstruction_settings()
 
@@ -135,7 +133,7 @@ class MRECGConfig(TorchBaseConfig):
     @classmethod
     def register_supported_configs(cls) -> None:
         """All operators that the host's x86 quantizer annotates; nothing is listed one by one."""
-        cls.supported_configs: list[Any] = []
+        cls.supported_configs = []
 
     @classmethod
     def get_config_set_for_tuning(cls) -> "MRECGConfig":

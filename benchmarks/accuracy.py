@@ -28,6 +28,7 @@ from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.tuning import Trial, TuningRequest
 
 IMAGES = 256
+BATCH = 32  # images per calibration call, the default of the YAML
 COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
 
 
@@ -79,9 +80,9 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
         for (weight, activation), width in zip(options.widths, widths, strict=True):
             found = top1[width]
             if (weight, activation) == (8, 8):
-                found["INC noise"].append(score(adaptor.quantize_static(exported, noise)))
+                found["INC noise"].append(score(adaptor.quantize_static(exported, noise.split(BATCH))))
                 if real is not None:
-                    found["INC real"].append(score(adaptor.quantize_static(exported, real)))
+                    found["INC real"].append(score(adaptor.quantize_static(exported, real.split(BATCH))))
             if real is not None:
                 found["nearest, real"].append(score(_ours(exported, real, weight, activation, seed, options, iterations=0)))
                 found["ours, real"].append(score(_ours(exported, real, weight, activation, seed, options)))
@@ -106,9 +107,11 @@ def _ours(
     preset = ReconstructionSettings.PRESETS[options.preset]
     settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
     request = TuningRequest(weight, activation, settings, max_trials=1, seed=seed)
-    return NeuralCompressorAdaptor().tune(
-        exported, images, [Trial("modcap", settings)], request, score=lambda model: 1.0, workspace=None
-    ).model
+    return (
+        NeuralCompressorAdaptor()
+        .tune(exported, images.split(BATCH), [Trial("modcap", settings)], request, score=lambda model: 1.0, workspace=None)
+        .model
+    )
 
 
 if __name__ == "__main__":

@@ -165,7 +165,8 @@ def write_json(options: Options, figures: dict[str, Any]) -> None:
 
 def _load_module(folder: Path) -> Any:
     spec = importlib.util.spec_from_file_location("load", folder / "load.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

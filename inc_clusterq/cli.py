@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,14 @@ def schema(
     from inc_clusterq.config_reference import markdown as table
 
     typer.echo(table() if markdown else json.dumps(json_schema(), indent=2), nl=not markdown)
+
+
+def _set_logs(*, debug: bool, quiet: bool) -> None:
+    """Keep the libraries' own remarks out of the progress; host and torch read these when they are imported."""
+    os.environ.setdefault("LOGLEVEL", "INFO" if debug else "ERROR" if quiet else "WARNING")
+    if not debug:
+        os.environ.setdefault("TORCH_LOGS", "-all")
+        warnings.simplefilter("ignore")
 
 
 @contextmanager

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from inc_clusterq.config import Config
-from inc_clusterq.deployment.inductor import check_parity, compile_frozen, measure_latency
+from inc_clusterq.deployment.inductor import Latency, Parity, check_parity, compile_frozen, measure_latency
 from inc_clusterq.environment import environment
-from inc_clusterq.errors import ConfigError
+from inc_clusterq.errors import ConfigError, DatasetError
 from inc_clusterq.evaluation import accuracy, agreement
 from inc_clusterq.labelled import load_labelled
 from inc_clusterq.models import FloatModel, load_model
 from inc_clusterq.output import RESULT, check_output, filled_whole
-from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
 from inc_clusterq.result import Result, Row
+from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthesis.store import cached_dataset
 from inc_clusterq.tuning import Adaptor, Score, Strategy, TuningRequest
 
@@ -45,36 +46,30 @@ def quantize(config: Config, *, overwrite: bool = False, progress: Progress = SI
     request = _request(config)
     trials = strategy.trials(request)
     model = load_model(config.model)
+    batch_norms(model.module)  # said at once, not after the export
     with _timed(seconds, "export"):
         exported = adaptor.export(model)
     labelled = load_labelled(config.evaluation.accuracy, model) if config.evaluation.accuracy else None
     with _timed(seconds, "synthesis"):
         calibration, held_out = _synthetic(config, model, with_held_out=labelled is None, progress=progress)
     judge = _judge(model, labelled, held_out)
+    batches = calibration.split(config.quantization.calibration.dataloader.batch_size)
     with _timed(seconds, "tuning"):
         workspace = config.tuning.workspace.path / "units"
-        outcome = adaptor.tune(exported, calibration, trials, request, judge.score, workspace, progress)
+        outcome = adaptor.tune(exported, batches, trials, request, judge.score, workspace, progress)
     with _timed(seconds, "static baseline"):
-        static = adaptor.quantize_static(exported, _noise(calibration, request.seed))
+        static = adaptor.quantize_static(exported, _noise(batches, request.seed))
         scores = {FLOAT: outcome.float_score, STATIC: judge.score(static), OURS: outcome.best.score}
-    with _timed(seconds, "deployment"), filled_whole(config.output) as folder, progress.stage("Deploying", 5) as stage:
-        example = calibration[:1].clone()
+    with filled_whole(config.output) as folder, _timed(seconds, "deployment"), progress.stage("Deploying", 5) as stage:
         adaptor.save(outcome.model, calibration[:2], folder)
-        sizes = {FLOAT: _float_size(exported), STATIC: _saved_size(adaptor, static, calibration[:2])}
-        sizes[OURS] = _size(folder)
-        stage.advance(1, "saved")
-        compiled = {}
-        for name, module in ((FLOAT, model.module), (STATIC, static), (OURS, adaptor.load(folder))):
-            compiled[name] = compile_frozen(module, example)
-            stage.advance(1, f"compiled {name}")
-        parity = check_parity(outcome.model, compiled[OURS], judge.inputs[:PARITY_IMAGES])
-        latencies = measure_latency(compiled, example)
-        stage.advance(1, "measured")
+        sizes = {FLOAT: _float_size(exported), STATIC: _saved_size(adaptor, static, calibration[:2]), OURS: _size(folder)}
+        models = {FLOAT: model.module, STATIC: static, OURS: adaptor.load(folder)}
+        parity, latencies = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
         result = Result(
             output=config.output,
             metric=judge.metric,
             scored_on=judge.images,
-            rows=tuple(Row(name, scores[name], sizes[name], latencies[name]) for name in (FLOAT, STATIC, OURS)),
+            rows=tuple(Row(name, scores[name], sizes[name], latencies[name]) for name in models),
             goal=outcome.float_score * (1 - request.tolerable_loss),
             outcome=outcome,
             parity=parity,
@@ -84,6 +79,22 @@ def quantize(config: Config, *, overwrite: bool = False, progress: Progress = SI
         )
         result.write(folder / RESULT)
     return result
+
+
+def _deployed(
+    models: Mapping[str, nn.Module], evaluated: nn.Module, inputs: Tensor, stage: Stage
+) -> tuple[Parity, dict[str, Latency]]:
+    """Compile all models as they would be deployed; check ours against what was evaluated; time them side by side."""
+    example = inputs[:1].clone()
+    compiled = {}
+    for name, module in models.items():
+        compiled[name] = compile_frozen(module, example)
+        stage.advance(1, f"compiled {name}")
+    parity = check_parity(evaluated, compiled[OURS], inputs)
+    stage.advance(1, "checked")
+    latencies = measure_latency(compiled, example)
+    stage.advance(1, "timed")
+    return parity, latencies
 
 
 @dataclass(frozen=True)
@@ -99,22 +110,23 @@ class _Judge:
 def _strategy(config: Config) -> Strategy:
     chosen = config.tuning.strategy
     make = find(STRATEGIES, chosen.name)
+    known = list(inspect.signature(make).parameters)
+    unknown = [key for key in chosen.options if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"tuning.strategy: {chosen.name} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
+        )
     try:
         strategy: Strategy = make(**chosen.options)
-    except (TypeError, ValueError, ValidationError) as error:
-        given = ", ".join(chosen.options) or "none"
-        raise ConfigError(
-            f"tuning.strategy: {chosen.name} does not take the options given ({given}): {error}"
-        ) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"tuning.strategy: {chosen.name} does not take these options: {error}") from error
     return strategy
 
 
 def _request(config: Config) -> TuningRequest:
     quantization = config.quantization
     layers = {
-        name: LayerBits(
-            widths.weight.bits if widths.weight else None, widths.activation.bits if widths.activation else None
-        )
+        name: LayerBits(widths.weight.bits if widths.weight else None, widths.activation.bits if widths.activation else None)
         for name, widths in quantization.op_wise.items()
     }
     return TuningRequest(
@@ -149,14 +161,21 @@ def _synthetic(config: Config, model: FloatModel, *, with_held_out: bool, progre
 def _judge(model: FloatModel, labelled: tuple[Tensor, Tensor] | None, held_out: Tensor) -> _Judge:
     if labelled is not None:
         inputs, labels = labelled
-        return _Judge(accuracy(inputs, labels), "accuracy", f"{len(inputs)} labelled images", inputs)
+        score = accuracy(inputs, labels)
+        if score(model.module) == 0:
+            raise DatasetError(
+                f"the float model predicts none of the {len(labels)} labels; check the order of the classes and that the "
+                "inputs are normalised as the model takes them"
+            )
+        return _Judge(score, "accuracy", f"{len(inputs)} labelled images", inputs)
     score = agreement(model.module, held_out)
     return _Judge(score, "agreement", f"{len(held_out)} held-out synthetic images", held_out)
 
 
-def _noise(like: Tensor, seed: int) -> Tensor:
+def _noise(like: Sequence[Tensor], seed: int) -> list[Tensor]:
     """Gaussian noise, the usual stand-in where no images are at hand."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch.shape, generator=generator) for batch in like]
 
 
 def _float_size(exported: nn.Module) -> int:

@@ -20,7 +20,7 @@ from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
-Score = Callable[[nn.Module], float]  # higher is better, positive for the float model
+Score = Callable[[nn.Module], float]  # higher is better; the host needs it to be above 0 for the float model
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Adaptor(Protocol):
     def tune(
         self,
         exported: nn.Module,
-        calibration: Tensor,  # shape: (N, *shape)
+        calibration: Sequence[Tensor],  # batches, each of shape (N, *shape)
         trials: Sequence[Trial],
         request: TuningRequest,
         score: Score,
@@ -92,7 +92,7 @@ class Adaptor(Protocol):
     ) -> TuningOutcome:
         """Run the trials through the host's own loop until one meets the goal."""
 
-    def quantize_static(self, exported: nn.Module, calibration: Tensor) -> nn.Module:
+    def quantize_static(self, exported: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
         """The host's own 8-bit static quantization with its defaults: what a user has without this project."""
 
     def save(self, model: nn.Module, example: Tensor, folder: Path) -> None:

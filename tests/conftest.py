@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -7,6 +8,9 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,3 +35,224 @@ def write_module(tmp_path: Path) -> Iterator[Callable[[str], str]]:
     yield write
     for name in written:
         sys.modules.pop(name, None)
+
+
+Network = tuple[nn.Module, Tensor]
+
+
+@pytest.fixture
+def network() -> Callable[[str], Network]:
+    """A small network by name, one for each kind of structure, and 24 inputs; the same ones at each call."""
+
+    def build(name: str) -> Network:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            module = NETWORKS[name]()
+            for part in module.modules():
+                if isinstance(part, nn.BatchNorm2d):  # as after a training, so that folding it changes the weights
+                    assert part.running_mean is not None
+                    assert part.running_var is not None
+                    part.running_mean.normal_(0, 0.2)
+                    part.running_var.uniform_(0.5, 1.5)
+                    nn.init.uniform_(part.weight, 0.5, 1.5)
+            return module.eval(), torch.randn(24, 3, 8, 8)
+
+    return build
+
+
+@pytest.fixture
+def prepare() -> Callable[[nn.Module, Tensor], fx.GraphModule]:
+    """The host's prepared graph of a model whose batch dimension is free."""
+    from neural_compressor.torch.algorithms.pt2e_quant.core import W8A8PT2EQuantizer
+    from neural_compressor.torch.export import export
+    from neural_compressor.torch.quantization import INT8StaticQuantConfig
+
+    logging.getLogger("neural_compressor").setLevel(logging.CRITICAL)
+
+    def make(module: nn.Module, inputs: Tensor) -> fx.GraphModule:
+        exported = export(module, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+        prepared: fx.GraphModule = W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(exported)
+        return prepared
+
+    return make
+
+
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)
+    )
+
+
+class Classifier(nn.Module):
+    """`stem`, then the layers of a subclass, then `fc` on the mean."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.fc = nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(self.features(functional.relu(self.stem(x))).mean((2, 3)))
+        return result
+
+    def features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Chain(Classifier):
+    """One convolution after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.a, self.b, self.c = conv(8, 8), conv(8, 16, stride=2), conv(16, 16)
+
+    def features(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b, self.c):
+            x = functional.relu(layer(x))
+        return x
+
+
+class Block(nn.Module):
+    """ResNet-20's block; its padded shortcut has no weights and reads the unquantized tensor."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(inputs, outputs, stride=stride), conv(outputs, outputs)
+        self.grown, self.stride = outputs - inputs, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(functional.relu(self.conv1(x)))
+        if self.grown:
+            x = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grown))
+        return functional.relu(y + x)
+
+
+class Residual(Classifier):
+    """ResNet-20 with two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.one, self.two = Block(8, 8, 1), Block(8, 16, 2)
+
+    def features(self, x: Tensor) -> Tensor:
+        result: Tensor = self.two(self.one(x))
+        return result
+
+
+class Depthwise(Classifier):
+    """Depthwise and pointwise, MobileNet-V1."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.dw1, self.pw1, self.dw2, self.pw2 = conv(8, 8, groups=8), conv(8, 8, 1), conv(8, 8, 3, 2, 8), conv(8, 16, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        for layer in (self.dw1, self.pw1, self.dw2, self.pw2):
+            x = functional.relu6(layer(x))
+        return x
+
+
+class Grouped(Classifier):
+    """A ResNeXt block with a convolution in its shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.reduce, self.grouped, self.expand, self.shortcut = conv(8, 8, 1), conv(8, 8, 3, 2, 2), conv(8, 16, 1), conv(8, 16, 1, 2)
+
+    def features(self, x: Tensor) -> Tensor:
+        y = self.expand(functional.relu(self.grouped(functional.relu(self.reduce(x)))))
+        return functional.relu(y + self.shortcut(x))
+
+
+class SqueezeExcite(Classifier):
+    """A gate from the pooled tensor scales the tensor itself."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.down, self.up, self.b = conv(8, 8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), conv(8, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = functional.hardswish(self.a(x))
+        gate = functional.hardsigmoid(self.up(functional.relu(self.down(functional.adaptive_avg_pool2d(x, 1)))))
+        return functional.relu(self.b(x * gate))
+
+
+class Concat(Classifier):
+    """SqueezeNet's fire module twice; the host gives a concatenation's inputs and output one quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.s1, self.e1, self.e3 = conv(8, 4, 1), conv(4, 8, 1), conv(4, 8)
+        self.s2, self.f1, self.f3 = conv(16, 4, 1), conv(4, 8, 1), conv(4, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        for squeeze, one, three in ((self.s1, self.e1, self.e3), (self.s2, self.f1, self.f3)):
+            x = functional.relu(squeeze(x))
+            x = torch.cat([functional.relu(one(x)), functional.relu(three(x))], 1)
+        return x
+
+
+class Shuffle(Classifier):
+    """ShuffleNet's split and shuffle, which read the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = conv(4, 4), conv(4, 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            kept, changed = x.chunk(2, 1)
+            x = torch.cat([kept, functional.relu(layer(changed))], 1)
+            x = x.view(x.size(0), 2, 4, x.size(2), x.size(3)).transpose(1, 2).reshape(x.size(0), 8, x.size(2), x.size(3))
+        return x
+
+
+class InPlace(Classifier):
+    """Every operator that can overwrites its input."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = conv(8, 8), conv(8, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        x += self.a(x)
+        x = x.relu_()
+        x *= torch.sigmoid(self.b(x))
+        return x
+
+
+class Tied(Classifier):
+    """One convolution at two places."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a = nn.Conv2d(8, 8, 3, padding=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return functional.relu(self.a(functional.relu(self.a(x))))
+
+
+class Transposed(Classifier):
+    """Holds a convolution that the host leaves in float."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.up = conv(8, 8), nn.ConvTranspose2d(8, 8, 2, 2)
+
+    def features(self, x: Tensor) -> Tensor:
+        return functional.relu(self.up(functional.relu(self.a(x))))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "chain": Chain,
+    "residual": Residual,
+    "depthwise": Depthwise,
+    "grouped": Grouped,
+    "squeeze_excite": SqueezeExcite,
+    "concat": Concat,
+    "shuffle": Shuffle,
+    "in_place": InPlace,
+    "tied": Tied,
+    "transposed": Transposed,
+}

@@ -20,7 +20,7 @@ from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
-from inc_clusterq.reconstruction.graph import attribute, replace_observers
+from inc_clusterq.reconstruction.graph import replace_observers
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.ranges import signed_levels
 
@@ -60,9 +60,11 @@ def convert(quantized: QuantizedGraph) -> fx.GraphModule:
         for layer in unit.layers:
             if layer.quantizer is not None:
                 quantizer = getattr(graph_module, layer.quantizer)
-                attribute(graph_module, layer.weight).data.copy_(quantizer.deployed())
+                owner, _, leaf = layer.weight.rpartition(".")
+                # A new parameter: the old one may still belong to the user's float model.
+                setattr(graph_module.get_submodule(owner), leaf, nn.Parameter(quantizer.deployed(), requires_grad=False))
     replace_observers(graph_module, lambda name: _fixed(getattr(graph_module, name)))
-    converted = convert_pt2e(graph_module, fold_quantize=True)
+    converted: fx.GraphModule = convert_pt2e(graph_module, fold_quantize=True)
     write_clamps(converted)
     drop_unused_tensors(converted)
     return converted
@@ -105,9 +107,7 @@ def drop_unused_tensors(graph_module: fx.GraphModule) -> None:
 def _fixed(quantizer: nn.Module) -> FixedObserver:
     if isinstance(quantizer, WeightQuantizer):
         scale = quantizer.start_scale.detach().flatten().cpu()
-        return FixedObserver(
-            scale, torch.zeros_like(scale, dtype=torch.int64), torch.int8, *signed_levels(quantizer.bits)
-        )
+        return FixedObserver(scale, torch.zeros_like(scale, dtype=torch.int64), torch.int8, *signed_levels(quantizer.bits))
     assert isinstance(quantizer, ActivationQuantizer)
     scale_value, zero_point = quantizer.deployed()
     return FixedObserver(torch.tensor([scale_value]), torch.tensor([zero_point]), torch.uint8, 0, quantizer.top)

@@ -57,9 +57,7 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
         elif is_observer(node) and node.name in before:
             edge = not before[node.name] or behind[node.name] <= last
             asked = [
-                plan.layers[layers[name].name].activation
-                for name in behind[node.name]
-                if layers[name].name in plan.layers
+                plan.layers[layers[name].name].activation for name in behind[node.name] if layers[name].name in plan.layers
             ]
             wanted = max((value for value in asked if value), default=None)
             found = wanted or (max(plan.edge, plan.activation) if edge else plan.activation)

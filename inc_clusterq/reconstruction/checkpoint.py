@@ -15,6 +15,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,9 +44,9 @@ class UnitStore:
         digest = hashlib.sha256()
         chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
         digest.update(json.dumps([FORMAT, seed, chosen, quantized.bits], sort_keys=True).encode())
-        for unit in quantized.units:
-            for layer in unit.layers:
-                digest.update(_bytes(attribute(quantized.graph_module, layer.weight)))
+        for node in quantized.graph_module.graph.nodes:
+            if node.op == "get_attr":  # weights and biases
+                digest.update(_bytes(attribute(quantized.graph_module, str(node.target))))
         digest.update(_bytes(inputs))
         return Chain(self.folder, digest.hexdigest())
 
@@ -71,14 +72,12 @@ class Chain:
             return False
         try:
             state = load_file(self._file)
-            for name, quantizer in _named_quantizers(module):
-                if isinstance(quantizer, WeightQuantizer):
-                    quantizer.fix(state[f"{name}.integers"].to(quantizer.v), state[f"{name}.scale"].to(quantizer.v))
-                else:
-                    quantizer.fix(float(state[f"{name}.scale"]), int(state[f"{name}.zero_point"]))
+            found = [(quantizer, _values(state, name, quantizer)) for name, quantizer in _named_quantizers(module)]
         except (SafetensorError, KeyError, RuntimeError, OSError) as error:
             logger.warning("%s cannot be used (%s); the unit is computed again", self._file, error)
             return False
+        for quantizer, values in found:  # all of them or none
+            quantizer.fix(*values)
         return True
 
     def keep(self, module: nn.Module) -> None:
@@ -113,6 +112,15 @@ def _named_quantizers(module: nn.Module) -> list[tuple[str, ActivationQuantizer 
     """Each quantizer once, under the first of its names in graph order."""
     named = module.named_modules()
     return [(name, child) for name, child in named if isinstance(child, (ActivationQuantizer, WeightQuantizer))]
+
+
+def _values(state: dict[str, Tensor], name: str, quantizer: ActivationQuantizer | WeightQuantizer) -> tuple[Any, Any]:
+    """What `fix` takes, out of a file."""
+    scale = state[f"{name}.scale"]
+    if isinstance(quantizer, WeightQuantizer):
+        integers = state[f"{name}.integers"].to(quantizer.integers).reshape(quantizer.integers.shape)
+        return integers, scale.to(quantizer.start_scale).reshape(quantizer.start_scale.shape)
+    return float(scale), int(state[f"{name}.zero_point"])
 
 
 def _bytes(tensor: Tensor) -> bytes:

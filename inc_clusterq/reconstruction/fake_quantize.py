@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.ranges import EPSILON, activation_range, signed_levels, weight_scale
 from inc_clusterq.reconstruction.rounding import initial_v, soft_rounding
 
@@ -37,22 +38,23 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int, dropped: Tensor | None) -> Tensor:
         levels = (x * (1.0 / scale)).round_().add_(zero_point)
-        quantized = levels.clamp(0, top)
-        inside = levels == quantized
-        y = quantized.sub_(zero_point).mul_(scale)
+        y = levels.clamp(0, top)
+        # 1 where the gradient of x passes: inside the range or dropped. A float, since multiplying by booleans is slow.
+        passes = torch.eq(levels, y, out=levels)
+        y = y.sub_(zero_point).mul_(scale)
         if dropped is not None:
-            y = torch.where(dropped, x, y)
-        ctx.save_for_backward(x, scale, inside, y, dropped)
+            y = y.lerp_(x, dropped)
+            passes = torch.maximum(passes, dropped, out=passes)
+        ctx.save_for_backward(x, scale, passes, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, scale, inside, y, dropped = ctx.saved_tensors
+        x, scale, passes, y = ctx.saved_tensors
         # d ^x / d s = (^x - x) / s inside the range and ^x / s outside; d ^x / d z = 0 inside and -s outside.
-        # A dropped element has ^x = x and counts as inside for x, and not at all for s and z.
-        through = inside if dropped is None else inside | dropped
-        grad_x = grad * through
+        # A dropped element has ^x = x and counts as inside, so it adds nothing to either.
+        grad_x = grad * passes
         grad_scale = ((grad * y).sum() - (grad_x * x).sum()) / scale
         grad_zero_point = -scale * (grad.sum() - grad_x.sum())
         return grad_x, grad_scale.reshape(scale.shape), grad_zero_point.reshape(scale.shape), None, None
@@ -102,10 +104,7 @@ class ActivationQuantizer(nn.Module):
             zero_point = zero_point.round().clamp(0, self.top)
             levels = (x * (1.0 / scale)).round() + zero_point
             return (levels.clamp(0, self.top) - zero_point) * scale
-        dropped = None
-        if self.drop_probability:
-            chances = torch.rand(x.shape, generator=self.generator, device=x.device)
-            dropped = chances < self.drop_probability
+        dropped = draw_mask(x, self.drop_probability, self.generator) if self.drop_probability else None
         # straight-through rounding of the zero point
         zero_point = zero_point + (zero_point.round().clamp(0, self.top) - zero_point).detach()
         result: Tensor = _LearnedStep.apply(x, scale, zero_point, self.top, dropped)

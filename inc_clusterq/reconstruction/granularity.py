@@ -39,8 +39,7 @@ def differences(
 ) -> list[float | None]:
     """d_i of each adjacent pair; None where the pair may not be compared."""
     return [
-        (capacities[i] - capacities[i + 1]) ** 2 if comparable(units[i], units[i + 1]) else None
-        for i in range(len(units) - 1)
+        (capacities[i] - capacities[i + 1]) ** 2 if comparable(units[i], units[i + 1]) else None for i in range(len(units) - 1)
     ]
 
 

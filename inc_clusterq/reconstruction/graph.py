@@ -120,6 +120,35 @@ def erase_guards(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
+def functionalise(graph_module: fx.GraphModule) -> None:
+    """Let operators that overwrite their input make a new tensor instead.
+
+    Exported graphs keep `x += y` and `relu(inplace=True)`. Cut at such a tensor, a unit would overwrite its own input, and
+    inside a unit autograd would miss what a learned quantizer has seen.
+    """
+    graph = graph_module.graph
+    rank = {node: position for position, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        twin = _functional_twin(node.target)
+        if twin is None:
+            continue
+        node.target = twin
+        overwritten = node.args[0]
+        for user in list(overwritten.users):
+            if rank[user] > rank[node]:  # it reads what the operator has written
+                user.replace_input_with(overwritten, node)
+    graph_module.recompile()
+
+
+def _functional_twin(target: Any) -> Any:
+    """The operator that returns what `target` writes into its first argument; None where `target` writes nothing."""
+    if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+        return None
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
+    return getattr(packet, target._overloadname, None)
+
+
 def localise_batch_sizes(graph_module: fx.GraphModule) -> None:
     """Let every reader of the batch size take it from a tensor it has at hand.
 
@@ -214,9 +243,7 @@ def _with_weights(
     start = first
     for segment in segments:
         nodes = pending + segment
-        layers = tuple(
-            _layer(graph_module, node) for node in nodes if node.target in WEIGHTED and _has_weight(node, active)
-        )
+        layers = tuple(_layer(graph_module, node) for node in nodes if node.target in WEIGHTED and _has_weight(node, active))
         if not layers:
             pending = nodes
             continue
@@ -268,9 +295,7 @@ def _hyper_parameters(node: fx.Node) -> tuple[int, int, int]:
     named: dict[str, Any] = {}
     for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         default = argument.default_value
-        named[argument.name] = (
-            node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
-        )
+        named[argument.name] = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
 
     def largest(value: Any) -> int:
         return int(max(value)) if isinstance(value, (list, tuple)) else int(value)

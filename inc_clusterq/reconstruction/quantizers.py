@@ -16,6 +16,7 @@ from inc_clusterq.reconstruction.graph import (
     Unit,
     attribute,
     erase_guards,
+    functionalise,
     localise_batch_sizes,
     partition,
     replace_observers,
@@ -66,6 +67,7 @@ def install_quantizers(graph_module: fx.GraphModule, plan: BitPlan, settings: Re
         ValueError: the graph holds no convolution or linear operator, or the plan names an unknown layer.
     """
     erase_guards(graph_module)
+    functionalise(graph_module)
     localise_batch_sizes(graph_module)
     units = partition(graph_module)
     if not units:

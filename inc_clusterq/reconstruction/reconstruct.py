@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
 from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.granularity import differences, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Unit, extract
@@ -123,6 +124,7 @@ class _Loop:
         float_inputs = quantized_inputs = self.inputs
         chain = self.store.start(self.quantized, self.inputs, self.settings, self.seed)
         reports = []
+        settled: set[nn.Module] = set()
         with self.progress.stage("Reconstructing", len(units) * self.settings.iterations) as stage:
             for number, unit in enumerate(units, 1):
                 began = time.perf_counter()
@@ -135,8 +137,9 @@ class _Loop:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
                     flow = _Flow(float_inputs, quantized_inputs, targets)
-                    optimise(module, flow, self.settings, chain.generator(targets.device), stage, label)
+                    optimise(module, flow, self.settings, chain.generator(targets.device), stage, label, settled)
                     chain.keep(module)
+                settled.update(quantizers(module))
                 outputs = _forward(module, quantized_inputs, Mode.HARD)
                 loss = float(reconstruction_loss(outputs, targets))
                 power = float(reconstruction_loss(targets, torch.zeros_like(targets)))
@@ -169,14 +172,25 @@ def optimise(
     generator: torch.Generator,
     stage: Stage,
     label: str,
+    settled: set[nn.Module],
 ) -> None:
-    """Learn rounding and step sizes of one unit, and leave them hard."""
-    weights = [quantizer for quantizer in quantizers(module) if isinstance(quantizer, WeightQuantizer)]
-    activations = [quantizer for quantizer in quantizers(module) if isinstance(quantizer, ActivationQuantizer)]
-    if settings.iterations:
-        with _learning(activations, settings.drop_probability, generator), in_mode(module, Mode.LEARN):
-            with torch.enable_grad():
-                _descend(module, weights, activations, flow, settings, generator, stage, label)
+    """Learn rounding and step sizes of one unit, and leave them hard.
+
+    A quantizer that a unit before this one has `settled` stays: the host may share it, and its first unit relies on it.
+    """
+    learned = nn.ModuleList(quantizer for quantizer in quantizers(module) if quantizer not in settled)
+    weights = [quantizer for quantizer in learned if isinstance(quantizer, WeightQuantizer)]
+    activations = [quantizer for quantizer in learned if isinstance(quantizer, ActivationQuantizer)]
+    if settings.iterations and len(learned):
+        with (
+            _learning(activations, settings.drop_probability, generator),
+            in_mode(module, Mode.HARD),
+            in_mode(learned, Mode.LEARN),
+            torch.enable_grad(),
+        ):
+            _descend(module, weights, activations, flow, settings, generator, stage, label)
+    elif settings.iterations:
+        stage.advance(settings.iterations, label)
     for weight in weights:
         weight.harden(learned=settings.iterations > 0)
     for activation in activations:
@@ -194,7 +208,8 @@ def _descend(
     label: str,
 ) -> None:
     steps, images = settings.iterations, len(flow.targets)
-    rounding = torch.optim.Adam([weight.v for weight in weights], lr=settings.weight_learning_rate)
+    # The host leaves some operators' weights in float (transposed convolutions), and an optimiser wants a tensor.
+    rounding = torch.optim.Adam([weight.v for weight in weights] or [torch.zeros(())], lr=settings.weight_learning_rate)
     scales = [activation.scale_shift for activation in activations]
     scales += [activation.zero_point_shift for activation in activations if not activation.one_sided]
     scales += [weight.scale_shift for weight in weights if weight.joint]
@@ -229,8 +244,7 @@ def _mixed(flow: _Flow, chosen: Tensor, probability: float, generator: torch.Gen
     x = flow.quantized_inputs[chosen]
     if not probability:
         return x
-    dropped = torch.rand(x.shape, generator=generator, device=x.device) < probability
-    return torch.where(dropped, flow.float_inputs[chosen], x)
+    return x.lerp_(flow.float_inputs[chosen], draw_mask(x, probability, generator))
 
 
 @contextmanager

@@ -63,7 +63,9 @@ class Generator(nn.Module):
         widths = [max(BASE_WIDTH >> stage, LEAST_WIDTH) for stage in range(len(self.sizes))]
         self.embedding = nn.Embedding(num_classes, latent_size)
         self.project = nn.Linear(latent_size, widths[0] * math.prod(self.sizes[0]))
-        self.start = _NORM[dims](widths[0])
+        self.start = _NORM[dims](widths[0], affine=False)
+        self.scale = nn.Embedding(num_classes, widths[0])
+        self.shift = nn.Embedding(num_classes, widths[0])
         self.stages = nn.ModuleList(
             nn.Sequential(_mix(dims, wide, narrow), _NORM[dims](narrow, eps=STAGE_EPS), nn.LeakyReLU(LEAK))
             for wide, narrow in pairwise(widths)
@@ -73,6 +75,8 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         h = self.project(z * self.embedding(labels))
         h = self.start(h.unflatten(1, (-1, *self.sizes[0])))
+        scale, shift = (_per_channel(table(labels), h) for table in (self.scale, self.shift))
+        h = h * scale + shift
         for stage, size in zip(self.stages, self.sizes[1:], strict=True):
             h = _grow(stage(h), size)
         return squash(self.paint(h), self.spec)
@@ -80,6 +84,10 @@ class Generator(nn.Module):
 
 def _mix(dims: int, wide: int, narrow: int) -> nn.Module:
     return nn.Linear(wide, narrow) if dims == 0 else _CONV[dims](wide, narrow, 3, padding=1)
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(*values.shape, *[1] * (like.dim() - 2))
 
 
 def _grow(h: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -105,4 +113,5 @@ def build_generator(
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             part.reset_parameters()
+    nn.init.ones_(generator.scale.weight)
     return generator.to(device)
