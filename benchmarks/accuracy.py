@@ -8,7 +8,7 @@ Columns:
   ours, no data          MRECG reconstruction on ClusterQ images: no real image is seen
 Every method gets the same number of images. Test images give the figures and nothing else: no selection, no early stop.
 
-    python benchmarks/accuracy.py --data DIR --json docs/figures/accuracy.json
+    python benchmarks/accuracy.py --data DIR --json docs/figures/accuracy-NAME.json && python benchmarks/tables.py
 """
 
 from __future__ import annotations
@@ -91,7 +91,12 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
             spent = time.perf_counter() - began
             last = {column: round(values[-1], 2) for column, values in found.items() if values}
             console.print(f"  seed {seed} {width}: {last}; synthesis {seconds[-1]:.0f} s, reconstruction {spent:.0f} s")
-    return {"float": score(subject.model.module), "top1": top1, "synthesis_seconds": seconds}
+    return {
+        "float": score(subject.model.module),
+        "splits": subject.splits,
+        "top1": top1,
+        "synthesis_seconds": seconds,
+    }
 
 
 def _ours(

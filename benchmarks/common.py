@@ -137,6 +137,18 @@ def print_head(title: str, options: Options, console: Console) -> None:
     console.print(", ".join(f"{name} {value}" for name, value in pairs), highlight=False, soft_wrap=True)
 
 
+def command(options: Options) -> str:
+    """The call that repeats these figures, without paths of this machine."""
+    widths = ",".join(f"W{weight}A{activation}" for weight, activation in options.widths)
+    words = [
+        f"python benchmarks/{Path(sys.argv[0]).name} --data DIR --nets {','.join(options.nets)} --widths {widths}",
+        f"--seeds {','.join(map(str, options.seeds))} --preset {options.preset}",
+        f"--limit {options.limit}" if options.limit else "",
+        f"--json {options.json}" if options.json else "",
+    ]
+    return " ".join(word for word in words if word)
+
+
 def mean_and_spread(values: Sequence[float]) -> str:
     """`90.87 ± 0.12`: mean and standard deviation over seeds; the bare value where there is one only."""
     if len(values) < 2:
@@ -158,7 +170,12 @@ def write_json(options: Options, figures: dict[str, Any]) -> None:
     """All single figures with what they depend on."""
     if options.json is None:
         return
-    head = {"preset": options.preset, "seeds": options.seeds, "environment": environment(NeuralCompressorAdaptor().versions())}
+    head = {
+        "command": command(options),
+        "preset": options.preset,
+        "seeds": options.seeds,
+        "environment": environment(NeuralCompressorAdaptor().versions()),
+    }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n", encoding="utf-8")
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,13 @@ def test_the_examples_are_valid(root: Path, name: str) -> None:
     assert config.model.checkpoint is not None
     assert config.model.checkpoint.is_file()
     assert yaml.safe_load(file.read_text())["model"]["architecture"] == config.model.architecture
+
+
+@pytest.mark.slow
+def test_the_python_example_of_the_readme_runs_as_it_stands(root: Path, tmp_path: Path) -> None:
+    (example,) = blocks((root / "README.md").read_text(), "python")
+    (tmp_path / "examples").symlink_to(root / "examples")
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    opened = "from neural_compressor.torch.quantization import load; load('saved_results')"
+    subprocess.run([sys.executable, "-c", opened], cwd=tmp_path, check=True, capture_output=True)

@@ -50,6 +50,7 @@ def synthesise(
     labels = balanced_labels(torch.arange(num_classes), samples, rng)
     deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with (
+        torch.enable_grad(),  # a lazy loader may be read first inside somebody's `no_grad`
         deterministic,
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as teacher,
     ):

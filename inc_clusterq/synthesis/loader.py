@@ -24,6 +24,9 @@ from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthesis.store import SyntheticDataset, build_dataset, cached_dataset
 
 
+MOST_PER_BATCH = 4096  # the exporter wants a bound; no calibration batch comes near it
+
+
 @dataclass
 class _Shared:
     """The set, once made; all copies of a loader hold the same one."""
@@ -54,6 +57,8 @@ class ClusterQDataLoader:
         for name, value in (("sampling_size", sampling_size), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if batch_size > MOST_PER_BATCH:
+            raise ValueError(f"batch_size is {batch_size}; it must be at most {MOST_PER_BATCH}")
         batch_norms(model)
         self.num_classes = check_logits(model, input)
         self.model = model
@@ -77,6 +82,11 @@ class ClusterQDataLoader:
     def example_inputs(self) -> tuple[Tensor]:
         """A batch of two random inputs of the right shape, for the host's export; it does not wait for the synthesis."""
         return (random_samples(self.input, 2, torch.Generator().manual_seed(self.seed)),)
+
+    @property
+    def dynamic_shapes(self) -> tuple[dict[int, Any]]:
+        """A free batch dimension, for the host's export: the last batch may be short, and users bring other sizes."""
+        return ({0: torch.export.Dim("batch", min=1, max=MOST_PER_BATCH)},)
 
     def calibrate(self, model: nn.Module) -> None:
         """Run every batch through `model` without gradients: the host's `run_fn`."""

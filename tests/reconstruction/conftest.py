@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 from torch import Tensor, fx, nn
@@ -26,11 +27,28 @@ def quick() -> Callable[..., ReconstructionSettings]:
 
 
 @pytest.fixture
-def quantized(network: Network, prepare: Prepare) -> Callable[..., QuantizedGraph]:
+def prepared(network: Network, prepare: Prepare, _prepared_once: dict[str, fx.GraphModule]) -> Callable[[str], fx.GraphModule]:
+    """A fresh copy of the host's prepared graph of a network."""
+
+    def copy(name: str) -> fx.GraphModule:
+        if name not in _prepared_once:
+            _prepared_once[name] = prepare(*network(name))
+        return deepcopy(_prepared_once[name])
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def _prepared_once() -> dict[str, fx.GraphModule]:
+    return {}
+
+
+@pytest.fixture
+def quantized(prepared: Callable[[str], fx.GraphModule]) -> Callable[..., QuantizedGraph]:
     """A fresh graph of a network with quantizers of 3 bits, 8 at its ends."""
 
     def make(name: str, settings: ReconstructionSettings | None = None, plan: BitPlan | None = None) -> QuantizedGraph:
-        return install_quantizers(prepare(*network(name)), plan or BitPlan(3, 3), settings or ReconstructionSettings())
+        return install_quantizers(prepared(name), plan or BitPlan(3, 3), settings or ReconstructionSettings())
 
     return make
 

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import fx
+
+from inc_clusterq.reconstruction.bits import BitPlan, LayerBits, assign_bits
+from inc_clusterq.reconstruction.graph import is_observer, partition
+
+Prepared = Callable[[str], fx.GraphModule]
+Bits = tuple[dict[str, int], dict[str, int]]
+
+
+def bits_of(graph_module: fx.GraphModule, plan: BitPlan) -> Bits:
+    """By layer name: bits of the weight, and of the tensor that the operator reads."""
+    units = partition(graph_module)
+    bits = assign_bits(graph_module, units, plan)
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    weights, inputs = {}, {}
+    for unit in units:
+        for layer in unit.layers:
+            if layer.quantizer is not None:
+                weights[layer.name] = bits[layer.quantizer]
+                inputs[layer.name] = bits[str(nodes[layer.node].args[0].target)]  # type: ignore[union-attr]
+    return weights, inputs
+
+
+def test_the_first_and_the_last_layer_keep_8_bits_in_weights_and_inputs(prepared: Prepared) -> None:
+    weights, inputs = bits_of(prepared("chain"), BitPlan(2, 3))
+    assert weights == {"stem.0": 8, "a.0": 2, "b.0": 2, "c.0": 2, "fc": 8}
+    assert inputs == {"stem.0": 8, "a.0": 3, "b.0": 3, "c.0": 3, "fc": 8}
+
+
+def test_edges_get_the_bits_that_are_asked_for_but_not_fewer_than_the_rest(prepared: Prepared) -> None:
+    weights, inputs = bits_of(prepared("chain"), BitPlan(4, 6, edge=5))
+    assert weights == {"stem.0": 5, "a.0": 4, "b.0": 4, "c.0": 4, "fc": 5}
+    assert inputs == {"stem.0": 6, "a.0": 6, "b.0": 6, "c.0": 6, "fc": 6}
+
+
+def test_a_shortcut_is_not_an_edge(prepared: Prepared) -> None:
+    weights, _ = bits_of(prepared("grouped"), BitPlan(4, 4))
+    assert weights == {"stem.0": 8, "reduce.0": 4, "grouped.0": 4, "expand.0": 4, "shortcut.0": 4, "fc": 8}
+
+
+def test_a_layer_named_in_the_plan_gets_its_own_bits(prepared: Prepared) -> None:
+    plan = BitPlan(4, 4, layers={"b.0": LayerBits(weight=2), "c.0": LayerBits(6, 7), "fc": LayerBits(3, 5)})
+    weights, inputs = bits_of(prepared("chain"), plan)
+    assert weights == {"stem.0": 8, "a.0": 4, "b.0": 2, "c.0": 6, "fc": 3}
+    assert inputs == {"stem.0": 8, "a.0": 4, "b.0": 4, "c.0": 7, "fc": 5}
+
+
+def test_of_two_layers_that_read_one_tensor_the_finer_request_counts(prepared: Prepared) -> None:
+    plan = BitPlan(4, 4, layers={"reduce.0": LayerBits(activation=5), "shortcut.0": LayerBits(activation=7)})
+    _, inputs = bits_of(prepared("grouped"), plan)
+    assert inputs["reduce.0"] == inputs["shortcut.0"] == 7
+
+
+def test_an_unknown_layer_is_an_error_that_lists_the_known_ones(prepared: Prepared) -> None:
+    plan = BitPlan(4, 4, layers={"a.0": LayerBits(8), "b.1": LayerBits(8), "conv": LayerBits(8)})
+    with pytest.raises(ValueError, match=r"b\.1, conv; it has: stem\.0, a\.0, b\.0, c\.0, fc"):
+        bits_of(prepared("chain"), plan)
+
+
+@pytest.mark.parametrize("layers", [{}, {"s2.0": LayerBits(activation=7)}, {"f1.0": LayerBits(activation=2)}])
+def test_quantizers_that_the_host_shares_have_one_width(prepared: Prepared, layers: dict[str, LayerBits]) -> None:
+    graph_module = prepared("concat")
+    bits = assign_bits(graph_module, partition(graph_module), BitPlan(4, 4, layers=layers))
+    widths: dict[int, set[int]] = {}
+    for node in graph_module.graph.nodes:
+        if is_observer(node):
+            widths.setdefault(id(getattr(graph_module, str(node.target))), set()).add(bits[str(node.target)])
+    assert all(len(width) == 1 for width in widths.values())
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed"])
+def test_every_quantizer_has_bits(prepared: Prepared, name: str) -> None:
+    graph_module = prepared(name)
+    bits = assign_bits(graph_module, partition(graph_module), BitPlan(4, 4))
+    assert set(bits) == {str(node.target) for node in graph_module.graph.nodes if is_observer(node)}
+    assert set(bits.values()) <= {4, 8}

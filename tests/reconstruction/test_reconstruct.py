@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.progress import Stage
+from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
+from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct, reconstruction_loss
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+Network = Callable[[str], tuple[nn.Module, Tensor]]
+Quantized = Callable[..., QuantizedGraph]
+Quick = Callable[..., ReconstructionSettings]
+Run = Callable[..., tuple[Reconstruction, QuantizedGraph, Tensor]]
+
+
+@pytest.fixture
+def run(quantized: Quantized, network: Network) -> Run:
+    """Reconstruct a network at 3 bits; the report, the graph and its outputs."""
+
+    def make(
+        name: str, settings: ReconstructionSettings, seed: int = 0, folder: Path | None = None, images: int = 24
+    ) -> tuple[Reconstruction, QuantizedGraph, Tensor]:
+        _, inputs = network(name)
+        graph = quantized(name, settings)
+        report = reconstruct(graph, inputs[:images], settings, seed=seed, store=UnitStore(folder))
+        with torch.no_grad():
+            return report, graph, graph.graph_module(inputs)
+
+    return make
+
+
+@torch.no_grad()
+def output_error(graph: QuantizedGraph, inputs: Tensor) -> float:
+    with in_mode(graph.graph_module, Mode.FLOAT):
+        expected = graph.graph_module(inputs)
+    return float((graph.graph_module(inputs) - expected).square().mean())
+
+
+def test_the_loss_is_summed_over_channels_and_averaged_over_the_rest() -> None:
+    outputs, targets = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
+    outputs[0, :, 0, 0] = torch.tensor([1.0, 2.0, 3.0])
+    assert float(reconstruction_loss(outputs, targets)) == pytest.approx(14 / (2 * 4 * 5))
+    assert float(reconstruction_loss(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))) == 25
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "squeeze_excite", "concat"])
+def test_optimisation_lowers_the_loss_of_rounding_to_nearest(run: Run, network: Network, quick: Quick, name: str) -> None:
+    _, inputs = network(name)
+    nearest, plain, _ = run(name, quick(iterations=0))
+    learned, graph, _ = run(name, quick(iterations=150, warm_up=0.1))
+    assert sum(unit.relative_loss for unit in learned.units) < 0.8 * sum(unit.relative_loss for unit in nearest.units)
+    assert output_error(graph, inputs) < output_error(plain, inputs)
+
+
+def test_without_iterations_weights_are_rounded_to_nearest(run: Run, quick: Quick) -> None:
+    _, graph, _ = run("chain", quick(iterations=0))
+    weights = dict(graph.graph_module.named_parameters())
+    for unit in graph.units:
+        for layer in unit.layers:
+            assert layer.quantizer is not None
+            quantizer = getattr(graph.graph_module, layer.quantizer)
+            lowest, highest = -(2 ** (quantizer.bits - 1)), 2 ** (quantizer.bits - 1) - 1
+            expected = (weights[layer.weight] / quantizer.start_scale).round().clamp(lowest, highest)
+            assert torch.equal(quantizer.integers, expected)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "modcap", "loss"])
+def test_the_same_seed_gives_the_same_model_to_the_bit(run: Run, quick: Quick, granularity: str) -> None:
+    settings = quick(granularity=granularity, iterations=12)
+    torch.manual_seed(1)
+    _, _, first = run("residual", settings)
+    torch.manual_seed(2)
+    _, _, second = run("residual", settings)
+    _, _, other = run("residual", settings, seed=1)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_the_global_random_state_is_left_alone(run: Run, quick: Quick) -> None:
+    before = torch.get_rng_state()
+    run("chain", quick())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_quantizer_ends_in_the_mode_that_is_deployed(run: Run, quick: Quick) -> None:
+    for granularity in ("block", "loss"):
+        _, graph, _ = run("residual", quick(granularity=granularity))
+        found = list(quantizers(graph.graph_module))
+        assert {quantizer.mode for quantizer in found} == {Mode.HARD}
+        assert all(quantizer.drop_probability == 0 for quantizer in found if isinstance(quantizer, ActivationQuantizer))
+        integers = [quantizer.integers for quantizer in found if isinstance(quantizer, WeightQuantizer)]
+        assert all(torch.equal(tensor, tensor.round()) for tensor in integers)
+
+
+def test_units_are_those_of_the_granularity(run: Run, quick: Quick) -> None:
+    def layers(**keys: object) -> list[str]:
+        return [" ".join(unit.layers) for unit in run("depthwise", quick(iterations=1, **keys))[0].units]
+
+    assert layers(granularity="layer") == ["stem.0", "dw1.0", "pw1.0", "dw2.0", "pw2.0", "fc"]
+    assert layers(granularity="block") == ["stem.0 dw1.0 pw1.0", "dw2.0 pw2.0 fc"]
+    assert layers(granularity="block", stack_layers=2) == ["stem.0 dw1.0", "pw1.0 dw2.0", "pw2.0 fc"]
+    # The capacities of a pair: depthwise 72 * 3, pointwise 64 * 3; strided 72 * 3 * 1.6, pointwise 128 * 3.
+    assert layers(granularity="modcap", top_k=1, stack_layers=1) == ["stem.0", "dw1.0", "pw1.0", "dw2.0", "pw2.0", "fc"]
+    assert layers(granularity="loss", top_k=1, stack_layers=1).count("stem.0") <= 1
+
+
+def test_modcap_joins_the_homogeneous_neighbours_that_differ_most(run: Run, quick: Quick) -> None:
+    report, _, _ = run("residual", quick(iterations=1, granularity="modcap", top_k=1))
+    assert [" ".join(unit.layers) for unit in report.units] == ["stem.0", "one.conv1.0 one.conv2.0 two.conv1.0 two.conv2.0", "fc"]
+    # 3 bits: 576 * 2 weights, then 1152 of stride 2 and 2304.
+    assert report.units[1].capacity == pytest.approx(3 * (1152 + 1.6 * 1152 + 2304))
+
+
+def test_the_loss_metric_joins_the_neighbours_whose_base_losses_differ_most(run: Run, quick: Quick) -> None:
+    report, _, _ = run("chain", quick(iterations=3, granularity="loss", top_k=1, stack_layers=1))
+    losses = [unit.loss for unit in report.base]
+    gaps = [(a - b) ** 2 for a, b in zip(losses, losses[1:], strict=False)]
+    i = gaps.index(max(gaps))
+    names = [unit.layers for unit in report.base]
+    assert [unit.layers for unit in report.units] == [*names[:i], names[i] + names[i + 1], *names[i + 2 :]]
+
+
+def test_the_loss_metric_takes_over_the_units_before_the_first_merge(run: Run, quick: Quick, tmp_path: Path) -> None:
+    settings = quick(granularity="loss", top_k=1, stack_layers=1)
+    report, _, outputs = run("chain", settings, folder=tmp_path)
+    merged = next(i for i, unit in enumerate(report.units) if len(unit.layers) > 1)
+    assert [unit.resumed for unit in report.units] == [i < merged for i in range(len(report.units))]
+    assert not any(unit.resumed for unit in report.base)
+    assert [unit.loss for unit in report.units[:merged]] == [unit.loss for unit in report.base[:merged]]
+    assert torch.equal(outputs, run("chain", settings)[2])  # as without a folder
+
+
+def test_a_merge_of_nothing_is_the_base_pass(run: Run, quick: Quick) -> None:
+    report, _, outputs = run("chain", quick(granularity="loss", top_k=0))
+    assert report.units == report.base
+    assert torch.equal(outputs, run("chain", quick(granularity="block"))[2])
+
+
+@pytest.mark.parametrize("images", [1, 3, 8])
+def test_fewer_images_than_a_batch_are_enough(run: Run, quick: Quick, images: int) -> None:
+    report, _, outputs = run("chain", quick(batch_size=32), images=images)
+    assert torch.isfinite(outputs).all()
+    assert len(report.units) == 2
+
+
+def test_no_images_are_an_error(quantized: Quantized, quick: Quick) -> None:
+    with pytest.raises(ValueError, match="needs calibration images"):
+        reconstruct(quantized("chain"), torch.empty(0, 3, 8, 8), quick(), seed=0, store=UnitStore())
+
+
+def test_reported_losses_are_those_of_the_finished_graph(run: Run, network: Network, quick: Quick) -> None:
+    _, inputs = network("chain")
+    report, graph, outputs = run("chain", quick())
+    with torch.no_grad(), in_mode(graph.graph_module, Mode.FLOAT):
+        targets = graph.graph_module(inputs)
+    assert report.units[-1].loss == pytest.approx(float((outputs - targets).square().sum(1).mean()), rel=1e-5)
+    power = float(targets.square().sum(1).mean())
+    assert report.units[-1].relative_loss == pytest.approx(report.units[-1].loss / power, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["concat", "tied"])
+def test_a_quantizer_that_two_units_share_stays_as_its_first_unit_left_it(
+    run: Run, quantized: Quantized, network: Network, quick: Quick, name: str
+) -> None:
+    settings = quick(granularity="layer", iterations=30)
+    _, inputs = network(name)
+    report, graph, outputs = run(name, settings)
+    with torch.no_grad(), in_mode(graph.graph_module, Mode.FLOAT):
+        targets = graph.graph_module(inputs)
+    # The losses are measured on the way, so they agree with the end only if nothing changed behind them.
+    assert report.units[-1].loss == pytest.approx(float((outputs - targets).square().sum(1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["transposed", "in_place", "shuffle"])
+def test_units_of_every_kind_can_be_optimised(run: Run, quick: Quick, name: str) -> None:
+    report, _, outputs = run(name, quick(granularity="layer"))
+    assert torch.isfinite(outputs).all()
+    assert all(unit.loss >= 0 for unit in report.units)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"learn_weight_scale": True},
+        {"drop_probability": 0.0},
+        {"drop_probability": 0.2},
+        {"drop_probability": 1.0},
+        {"warm_up": 0.0},
+        {"activation_learning_rate": 0.0},
+        {"rounding_weight": 0.0},
+        {"iterations": 1},
+        {"batch_size": 1},
+    ],
+)
+def test_settings_at_their_limits_give_a_finite_model(run: Run, quick: Quick, keys: dict[str, object]) -> None:
+    report, _, outputs = run("chain", quick(**keys))
+    assert torch.isfinite(outputs).all()
+    assert all(0 <= unit.relative_loss < 1 for unit in report.units)
+
+
+def test_the_float_weights_are_untouched(network: Network, quantized: Quantized, run: Run, quick: Quick) -> None:
+    before = {key: tensor.clone() for key, tensor in quantized("residual").graph_module.named_parameters()}
+    _, graph, _ = run("residual", quick())
+    weights = {layer.weight for unit in graph.units for layer in unit.layers}
+    after = dict(graph.graph_module.named_parameters())
+    assert all(torch.equal(after[key], before[key]) for key in weights)
+
+
+class Recorder:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.steps: list[int] = []
+
+    @contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Stage]:
+        self.totals.append(total)
+        self.steps.append(0)
+        yield self
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.steps[-1] += steps
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 19, 45])
+@pytest.mark.parametrize("name", ["chain", "transposed"])
+def test_progress_reaches_its_total_exactly(
+    quantized: Quantized, network: Network, quick: Quick, tmp_path: Path, iterations: int, name: str
+) -> None:
+    _, inputs = network(name)
+    recorder = Recorder()
+    settings = quick(iterations=iterations, granularity="layer")
+    for _ in range(2):  # the second time from disk
+        reconstruct(quantized(name), inputs, settings, seed=0, store=UnitStore(tmp_path), progress=recorder)
+    assert recorder.steps == recorder.totals == [len(quantized(name).units) * iterations] * 2
