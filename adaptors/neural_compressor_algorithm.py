@@ -183,6 +183,7 @@ def _assert_unchanged(prepared: fx.GraphModule, calibration: _Calibration) -> No
 
 
 def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int) -> BitPlan:
-    worst = sorted(reconstruction.units, key=lambda unit: -unit.relative_loss)[:units]
+    candidates = [unit for unit in reconstruction.units if unit.lowest_bits < FULL_BITS]
+    worst = sorted(candidates, key=lambda unit: -unit.relative_loss)[:units]
     raised = {name: LayerBits(FULL_BITS, FULL_BITS) for unit in worst for name in unit.layers}
     return BitPlan(plan.weight, plan.activation, plan.edge, {**plan.layers, **raised})

@@ -45,6 +45,7 @@ class UnitReport:
 
     name: str
     layers: tuple[str, ...]
+    lowest_bits: int  # of its weights and activations
     capacity: float  # ModCap
     loss: float  # reconstruction loss after hard rounding, over all calibration images
     relative_loss: float  # the same, in units of the targets' own power
@@ -147,6 +148,7 @@ class _Loop:
                     UnitReport(
                         unit.name,
                         tuple(layer.name for layer in unit.layers),
+                        min(quantizer.bits for quantizer in quantizers(module)),
                         modcap(unit, self.quantized.bits, self.settings.stride_factor),
                         loss,
                         loss / power if power else 0.0,

@@ -54,16 +54,15 @@ def synthesise(
         deterministic,
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as teacher,
     ):
-        classes = labels.unique().to(teacher.device)
-        centroids = unseen(classes, teacher.references[teacher.first_aligned :])
         if settings.iterations:
+            classes = labels.unique().to(teacher.device)
             generator = build_generator(spec, num_classes, settings.latent_size, rng, teacher.device)
-            centroids = train(generator, teacher, spec, settings, centroids, rng, progress)
+            train(generator, teacher, spec, settings, classes, rng, progress)
             inputs = paint(generator, labels, settings, rng)
         else:
             inputs = random_samples(spec, samples, rng)
         if settings.refine_iterations:
-            inputs = refine(inputs, labels, teacher, spec, settings, centroids, rng, progress)
+            inputs = refine(inputs, labels, teacher, spec, settings, rng, progress)
     return inputs, labels
 
 
@@ -79,12 +78,13 @@ def train(
     teacher: Teacher,
     spec: InputSpec,
     settings: ClusterQSettings,
-    centroids: Centroids,
+    classes: Tensor,
     rng: torch.Generator,
     progress: Progress,
 ) -> Centroids:
-    """Train `generator` in place for `iterations` steps; return the class centroids it arrived at."""
+    """Train `generator` in place for `iterations` steps on `classes`; return the class centroids it arrived at."""
     first = teacher.first_aligned
+    centroids = unseen(classes, teacher.references[first:])
     optimiser = torch.optim.Adam(generator.parameters(), settings.learning_rate, betas=settings.betas)
     noise: tuple[Moments, ...] = ()
     with progress.stage("Training the generator", settings.iterations) as stage:
@@ -110,8 +110,6 @@ def train(
             if warm:
                 centroids = moved(centroids, seen.samples[first:], labels, seen.predicted, settings.centroid_momentum)
             stage.advance(1, losses.note())
-    if settings.warmup_iterations >= settings.iterations:
-        centroids = start_centroids(generator, teacher, settings, centroids, rng)
     return centroids
 
 

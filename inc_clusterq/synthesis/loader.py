@@ -23,7 +23,6 @@ from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthesis.store import SyntheticDataset, build_dataset, cached_dataset
 
-
 MOST_PER_BATCH = 4096  # the exporter wants a bound; no calibration batch comes near it
 
 

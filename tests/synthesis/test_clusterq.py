@@ -98,8 +98,8 @@ def test_the_model_comes_back_unchanged(trained: nn.Module, spec: InputSpec, qui
     assert [p.requires_grad for p in trained.parameters()] == [p.requires_grad for p in before.parameters()]
     assert all(p.grad is None for p in trained.parameters())
     for part in trained.modules():
-        assert not (part._forward_pre_hooks or part._forward_hooks or part._backward_hooks)
-        assert not part._forward_pre_hooks_with_kwargs
+        hooks = part._forward_pre_hooks, part._forward_pre_hooks_with_kwargs, part._forward_hooks, part._backward_hooks
+        assert not any(hooks)
 
 
 def test_any_stretch_of_labels_is_balanced() -> None:

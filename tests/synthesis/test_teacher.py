@@ -23,10 +23,15 @@ def test_every_flag_comes_back_after_a_failure(trained: nn.Module) -> None:
     trained[1].eval()
     trained[0].weight.requires_grad_(False)
     before = copy.deepcopy(trained)
-    with pytest.raises(ZeroDivisionError), frozen(trained):
-        assert not any(part.training for part in trained.modules())
-        assert not any(parameter.requires_grad for parameter in trained.parameters())
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with frozen(trained):
+            assert not any(part.training for part in trained.modules())
+            assert not any(parameter.requires_grad for parameter in trained.parameters())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [part.training for part in trained.modules()] == [part.training for part in before.modules()]
     assert [p.requires_grad for p in trained.parameters()] == [p.requires_grad for p in before.parameters()]
 

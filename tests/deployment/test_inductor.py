@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
+
+from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen, measure_latency
+from inc_clusterq.deployment.qdq import convert
+from inc_clusterq.errors import DeploymentError
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph
+
+Network = Callable[[str], tuple[nn.Module, Tensor]]
+Reconstructed = Callable[..., QuantizedGraph]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Nothing is taken from what other tests or processes have compiled."""
+    torch._dynamo.reset()
+    with config.patch(fx_graph_cache=False):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled_with_code(model: nn.Module, example: Tensor) -> tuple[Compiled, str]:
+    compiled, codes = run_and_get_code(compile_frozen, model, example)
+    return compiled, "\n".join(codes)
+
+
+def test_a_4_bit_model_runs_on_int8_kernels_and_computes_what_was_evaluated(reconstructed: Reconstructed, network: Network) -> None:
+    _, inputs = network("residual")
+    converted = convert(reconstructed("residual"))
+    compiled, code = compiled_with_code(converted, inputs[:1])
+    assert code.count("torch.ops.onednn.qconv") + code.count("torch.ops.onednn.qlinear") >= 6
+    assert "aten.convolution" not in code
+    parity = check_parity(converted, compiled, inputs)
+    assert parity.images == len(inputs)
+    assert parity.agreement == 1.0
+    # Sums in another order; a lost clamp makes 1e-2 of it.
+    assert max(parity.in_range, parity.out_of_range) < 1e-5
+
+
+def test_without_the_clamps_the_compiled_model_is_another_one(
+    reconstructed: Reconstructed, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inc_clusterq.deployment.qdq.write_clamps", lambda graph_module: 0)
+    _, inputs = network("residual")
+    converted = convert(reconstructed("residual"))
+    compiled = compile_frozen(converted, inputs[:1])
+    with pytest.raises(DeploymentError, match="must not be deployed"):
+        check_parity(converted, compiled, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed"]
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_structure_compiles_to_what_was_evaluated(
+    reconstructed: Reconstructed, network: Network, name: str, bits: int
+) -> None:
+    _, inputs = network(name)
+    converted = convert(reconstructed(name, bits))
+    compiled, code = compiled_with_code(converted, inputs[:1])
+    assert "torch.ops.onednn.qconv" in code
+    check_parity(converted, compiled, inputs)
+
+
+class Shifted(nn.Module):
+    """The same classes, other values."""
+
+    def __init__(self, model: nn.Module, shift: float) -> None:
+        super().__init__()
+        self.model, self.shift = model, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.model(x) + self.shift
+        return result
+
+
+@pytest.fixture
+def pair(network: Network) -> tuple[nn.Module, Tensor]:
+    return network("chain")
+
+
+def test_equal_models_pass(pair: tuple[nn.Module, Tensor]) -> None:
+    model, inputs = pair
+    parity = check_parity(model, model, inputs)
+    assert parity.agreement == 1.0
+    assert max(parity.in_range, parity.out_of_range) < 1e-5  # batches of one against one batch
+
+
+def test_the_deviation_is_a_share_of_the_outputs_range(pair: tuple[nn.Module, Tensor]) -> None:
+    model, inputs = pair
+    with torch.no_grad():
+        outputs = model(inputs)
+    spread = float(outputs.max() - outputs.min())
+    assert check_parity(model, Shifted(model, 0.005 * spread), inputs).in_range == pytest.approx(0.005, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.05, float("nan"), float("inf")])
+def test_a_model_that_differs_is_refused(pair: tuple[nn.Module, Tensor], factor: float) -> None:
+    model, inputs = pair
+    with torch.no_grad():
+        outputs = model(inputs)
+    shift = factor * float(outputs.max() - outputs.min())
+    with pytest.raises(DeploymentError, match="differs from the evaluated one"):
+        check_parity(model, Shifted(model, shift), inputs)
+
+
+@pytest.mark.parametrize("wrong", [1.0, float("nan")])
+def test_a_model_that_differs_only_beyond_the_calibrated_range_is_refused(pair: tuple[nn.Module, Tensor], wrong: float) -> None:
+    model, inputs = pair
+    limit = float(inputs.abs().max())
+
+    def deployed(x: Tensor) -> Tensor:
+        outputs: Tensor = model(x)
+        return outputs + wrong * outputs.abs().max() if float(x.abs().max()) > limit else outputs
+
+    with pytest.raises(DeploymentError, match="differs from the evaluated one"):
+        check_parity(model, deployed, inputs)
+
+
+def test_a_model_that_cannot_be_compiled_is_our_failure(monkeypatch: pytest.MonkeyPatch, pair: tuple[nn.Module, Tensor]) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("no such kernel")
+
+    with pytest.raises(DeploymentError, match="cannot be compiled: ValueError: no such kernel"):
+        compile_frozen(Broken(), pair[1][:1])
+
+
+def test_latency_is_measured_for_each_model_in_turn() -> None:
+    calls: list[str] = []
+
+    def model(name: str) -> Compiled:
+        def call(x: Tensor) -> Tensor:
+            calls.append(name)
+            return x
+
+        return call
+
+    latencies = measure_latency({"a": model("a"), "b": model("b")}, torch.zeros(1))
+    assert calls[:4] == ["a", "b", "a", "b"]
+    assert calls.count("a") == calls.count("b")
+    for latency in latencies.values():
+        assert 0 < latency.low <= latency.median <= latency.high

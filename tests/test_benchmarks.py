@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def run(root: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "benchmarks" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def common(root: Path) -> Iterator[Any]:
+    """The module that the benchmark scripts share; the scripts are no package."""
+    spec = importlib.util.spec_from_file_location("benchmarks_common", root / "benchmarks" / "common.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_the_tables_of_the_docs_are_what_the_recorded_figures_say(root: Path) -> None:
+    assert run(root, "tables.py", "--check").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "nowhere"), "must name a folder that holds load.py"),
+        (("--data", "{data}", "--widths", "W4B8"), "'W4B8' is not a width"),
+        (("--data", "{data}", "--seeds", "one"), "invalid literal"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    common: Any,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "load.py").write_text("")
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *(argument.format(data=tmp_path) for argument in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        common.parse("a benchmark", nets="mine")
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_input_specification_is_read_off_the_normalisation(common: Any) -> None:
+    mean, std = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([2.0, 4.0, 8.0])
+    shape = (1, 3, 1, 1)
+    spec = common.input_spec(lambda x: (x - mean.view(shape)) / std.view(shape), torch.zeros(1, 3, 32, 32), is_image=True)
+    assert (spec.shape, spec.low, spec.high) == ((3, 32, 32), 0, 255)
+    assert spec.mean == pytest.approx(tuple(mean.tolist()))
+    assert spec.std == pytest.approx(tuple(std.tolist()))
+
+
+LOAD = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )
+    with torch.no_grad():
+        for _ in range(5):
+            net.train()(torch.randn(64, 3, 32, 32))
+    return net.eval()
+
+MODELS = {"mine": None}
+def norm(x): return x / 127.5 - 1
+def model(name): return make(), norm, 32
+def cifar(split="test_first5000"):
+    count = 300 if split == "train_first2048" else 60
+    x = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(count)).float()
+    with torch.no_grad():
+        return x, make()(norm(x)).argmax(1)
+"""
+
+
+@pytest.mark.slow
+def test_the_accuracy_benchmark_measures_other_networks_through_the_interface_alone(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text(LOAD)
+    figures = tmp_path / "figures.json"
+    options = ("--nets", "mine", "--widths", "W8A8", "--seeds", "0", "--preset", "fast", "--json", str(figures))
+    done = run(root, "accuracy.py", "--data", str(tmp_path), *options)
+    assert done.returncode == 0, done.stderr
+    assert "ours, no data" in done.stdout
+    assert '"float": 100.0' in figures.read_text()
