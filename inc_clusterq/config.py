@@ -257,9 +257,9 @@ class Config(Section):
         """Work `preset` and `bits` into the keys that they stand for."""
         bits, preset = info.data.get("bits"), info.data.get("preset")
         if bits is not None:
-            if "model_wise" in value.model_fields_set:
-                raise ValueError("both `bits` and `quantization.model_wise` are given; keep one of them")
             widths = ModelWise(weight=Bits(bits=int(bits[1])), activation=Bits(bits=int(bits[3])))
+            if "model_wise" in value.model_fields_set and value.model_wise != widths:
+                raise ValueError("`bits` and `quantization.model_wise` are both given and differ; keep one of them")
             value = value.model_copy(update={"model_wise": widths})
         if preset is None:  # not valid, which is reported by itself
             return value

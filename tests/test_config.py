@@ -32,6 +32,12 @@ def complaint(folder: Path, **keys: Any) -> str:
     return str(raised.value)
 
 
+def test_a_dump_is_the_same_config_again(tmp_path: Path) -> None:
+    config = load(tmp_path, bits="W4A8", preset="fast")
+    again = Config.model_validate(config.model_dump(by_alias=True))
+    assert again.model_dump() == config.model_dump()
+
+
 def test_three_keys_are_enough(tmp_path: Path) -> None:
     config = load(tmp_path, bits="W4A8", output="results")
     assert config.quantization.model_wise.weight.bits == 4
@@ -131,8 +137,8 @@ def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
             "quantization.model_wise.weight.bits: 9 is not allowed; it should be less than or equal to 8",
         ),
         (
-            {"bits": "W4A8", "quantization": {"model_wise": {"weight": {"bits": 4}}}},
-            "both `bits` and `quantization.model_wise` are given",
+            {"bits": "W4A8", "quantization": {"model_wise": {"weight": {"bits": 3}}}},
+            "`bits` and `quantization.model_wise` are both given and differ",
         ),
         ({"tuning": {"exit_policy": {"max_trials": True}}}, "true is not allowed; it should be a valid integer"),
         ({"tuning": {"exit_policy": {"max_trials": "3"}}}, '"3" is not allowed; it should be a valid integer'),

@@ -27,7 +27,7 @@ def stripes(samples: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return SPEC.normalise(raw.clamp(SPEC.low, SPEC.high)), labels
 
 
-def build() -> nn.Module:
+def build() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(2, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
@@ -45,7 +45,7 @@ def build() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def _trained_once() -> nn.Module:
+def _trained_once() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         net = build()
@@ -61,7 +61,7 @@ def _trained_once() -> nn.Module:
 
 
 @pytest.fixture
-def trained(_trained_once: nn.Module) -> nn.Module:
+def trained(_trained_once: nn.Sequential) -> nn.Sequential:
     """A trained classifier of four classes for inputs of `spec`; a fresh copy per test."""
     return copy.deepcopy(_trained_once)
 

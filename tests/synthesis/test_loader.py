@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from inc_clusterq import ClusterQDataLoader
 from inc_clusterq.errors import ModelError
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.store import SyntheticDataset, build_dataset
 
 
 @pytest.fixture
@@ -45,11 +47,11 @@ def test_it_can_be_read_twice_and_by_torch_itself(loader: ClusterQDataLoader) ->
 def test_nothing_is_synthesised_before_it_is_needed_and_then_once_for_all_copies(
     loader: ClusterQDataLoader, monkeypatch: pytest.MonkeyPatch, spec: InputSpec
 ) -> None:
-    build, calls = loader_module.build_dataset, []
+    calls = []
 
-    def counted(*args: object, **kwargs: object) -> object:
+    def counted(*args: Any, **kwargs: Any) -> SyntheticDataset:
         calls.append(1)
-        return build(*args, **kwargs)  # type: ignore[arg-type]
+        return build_dataset(*args, **kwargs)
 
     monkeypatch.setattr(loader_module, "build_dataset", counted)
     (example,) = loader.example_inputs

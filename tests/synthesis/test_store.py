@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import inc_clusterq.synthesis.store as store
 from inc_clusterq.errors import DatasetError, OutputError
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.store import (
     MANIFEST,
@@ -171,7 +172,6 @@ def test_an_impossible_cache_is_refused_before_the_work(
 def test_a_slower_process_takes_the_set_of_the_faster_one(
     tmp_path: Path, request_of: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synthesise = store.synthesise
 
     def overtaken(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         monkeypatch.setattr(store, "synthesise", synthesise)
@@ -188,6 +188,7 @@ RACE = """
 import sys, time, torch
 from pathlib import Path
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.store import cached_dataset
 torch.manual_seed(0)

@@ -18,7 +18,7 @@ def open_teacher(module: nn.Module, spec: InputSpec, classes: int = 2) -> None:
         pass
 
 
-def test_every_flag_comes_back_after_a_failure(trained: nn.Module) -> None:
+def test_every_flag_comes_back_after_a_failure(trained: nn.Sequential) -> None:
     trained.train()
     trained[1].eval()
     trained[0].weight.requires_grad_(False)
