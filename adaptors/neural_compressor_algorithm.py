@@ -37,6 +37,7 @@ from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 
 SAVED_AS = "static_quant"  # the host's loader chooses by this key
 FULL_BITS = 8  # what a unit that falls back gets
+CALIBRATION = "inc_clusterq.calibration"  # key of what a prepared graph remembers, in `meta`: attributes are lost in copies
 FLOAT_TOLERANCE = 1e-3  # of the largest output; folding BatchNorm costs about 1e-6
 
 _progress: ContextVar[Progress] = ContextVar("progress", default=SILENT)
@@ -88,6 +89,7 @@ class _Calibration:
     reference: Tensor  # the float model's outputs for `example`
     batches: list[Tensor]
     hook: Any
+    dynamic_shapes: Any  # as the model was exported; the host's `save` wants them
 
 
 def _prepare(model: nn.Module) -> fx.GraphModule:
@@ -103,14 +105,13 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
     W8A8PT2EQuantizer.is_dynamic = False  # a class attribute that the host's dynamic algorithm leaves set
     # A copy: the exported graph shares its parameters with the user's float model.
     prepared: fx.GraphModule = deepcopy(W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(model))
-    prepared.dynamic_shapes = dynamic_shapes  # type: ignore[assignment]  # host's attribute
     batches: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         batches.append(inputs[0].detach())
 
     hook = prepared.register_forward_pre_hook(keep)
-    prepared.calibration = _Calibration(example, reference, batches, hook)  # type: ignore[assignment]
+    prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, hook, dynamic_shapes)
     return prepared
 
 
@@ -127,22 +128,22 @@ def _random_input(exported: nn.Module) -> Tensor:
 
 def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     """Reconstruct on the images that were seen, and hand over to the host's quantized form."""
+    calibration: _Calibration | None = getattr(prepared, "meta", {}).pop(CALIBRATION, None)
+    if calibration is None:
+        raise ModelError("the model has not been prepared; call neural_compressor.torch.quantization.prepare(model, config) first")
     assert isinstance(prepared, fx.GraphModule)
-    calibration: _Calibration = prepared.calibration  # type: ignore[assignment]
     calibration.hook.remove()
-    del prepared.calibration
     if not calibration.batches:
         raise ModelError(
             "no calibration image has passed through the prepared model; give run_fn, for example loader.calibrate"
         )
-    dynamic_shapes = prepared.dynamic_shapes
     inputs = torch.cat(calibration.batches)
     plan = config.bit_plan()
     if config.fallback_units:
         reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, config, calibration)[1]
         plan = _with_fallback(plan, reconstruction, config.fallback_units)
     converted, reconstruction = _reconstruct(prepared, inputs, plan, config, calibration)
-    converted.dynamic_shapes = dynamic_shapes
+    converted.dynamic_shapes = calibration.dynamic_shapes
     converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
     converted.save = MethodType(host_save, converted)  # type: ignore[assignment]
     converted.reconstruction = reconstruction  # type: ignore[assignment]

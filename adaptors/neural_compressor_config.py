@@ -18,6 +18,7 @@ from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 ALGORITHM = "mrecg"
+WIDTHS = range(2, 9)  # bits that the kernels' int8 can hold
 BOOKKEEPING = {
     "params_list",
     "non_tunable_params",
@@ -53,7 +54,7 @@ class MRECGConfig(TorchBaseConfig):
         kwargs: any other key of `ReconstructionSettings`.
 
     Raises:
-        ValueError: bits outside 2 to 8, an unknown preset, or a setting outside its range.
+        ValueError: bits outside 2 to 8, an unknown preset, a setting outside its range, or a white list.
         TypeError: an unknown key.
     """
 
@@ -101,8 +102,15 @@ class MRECGConfig(TorchBaseConfig):
         for key in ("w_bits", "act_bits"):
             value = getattr(self, key)
             for bits in value if isinstance(value, list) else [value]:
-                if not (isinstance(bits, int) and 2 <= bits <= 8):
+                if bits not in WIDTHS:
                     raise ValueError(f"{key} is {bits!r}; it must be a whole number from 2 to 8")
+        if not (isinstance(self.fallback_units, list) or self.fallback_units >= 0):
+            raise ValueError(f"fallback_units is {self.fallback_units!r}; it must be a whole number from 0")
+        for name, pair in self.layer_bits.items():
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(bits in (None, *WIDTHS) for bits in pair)):
+                raise ValueError(
+                    f"layer_bits of {name!r} is {pair!r}; it must be a pair (weight bits, activation bits), each from 2 to 8 or None"
+                )
         if not isinstance(self.preset, list) and self.preset not in ReconstructionSettings.PRESETS:
             raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(ReconstructionSettings.PRESETS)}")
         if not isinstance(self.granularity, list) and not isinstance(self.preset, list):
@@ -121,6 +129,13 @@ class MRECGConfig(TorchBaseConfig):
     def to_dict(self) -> dict[str, Any]:
         """What the host logs and saves: without its own bookkeeping and without paths of this machine."""
         return {key: value for key, value in super().to_dict().items() if key not in {*BOOKKEEPING, "workspace"}}
+
+    def set_local(self, operator_name_or_list: Any, config: Any) -> "MRECGConfig":
+        """Refused, rather than ignored: bits of single layers are given as `layer_bits`."""
+        raise ValueError(
+            f"MRECGConfig takes no configuration for single operators ({operator_name_or_list!r}); "
+            "give layer_bits={'module name': (weight bits, activation bits)}"
+        )
 
     def get_model_info(self, model: nn.Module) -> list[tuple[str, str]]:
         """The configuration holds for the whole exported graph, as in the host's own PT2E algorithms."""

@@ -148,7 +148,7 @@ class _Loop:
                     UnitReport(
                         unit.name,
                         tuple(layer.name for layer in unit.layers),
-                        min(quantizer.bits for quantizer in quantizers(module)),
+                        min((quantizer.bits for quantizer in quantizers(module)), default=32),  # the host may leave a unit in float
                         modcap(unit, self.quantized.bits, self.settings.stride_factor),
                         loss,
                         loss / power if power else 0.0,

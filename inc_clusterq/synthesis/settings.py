@@ -73,7 +73,7 @@ class ClusterQSettings(BaseModel):
         default=0.2, gt=0, le=1, description="d in C <- (1 - d) C + d m, the moving average of the centroids. Paper."
     )
     centroid_samples: int = Field(
-        default=8, ge=1, description="Images per class from which the centroids start. Our choice: two digits cost little."
+        default=4, ge=1, description="Images per class from which the centroids start. Our choice: a few, since every step adds more."
     )
     mean_diversity: float = Field(
         default=0.03,
