@@ -71,6 +71,12 @@ class NeuralCompressorAdaptor:
         progress: Progress = SILENT,
     ) -> TuningOutcome:
         """Run the trials through the host's `autotune`; see `Adaptor.tune`."""
+        alike = [trial.label for number, trial in enumerate(trials) if _work(trial) in map(_work, trials[:number])]
+        if alike or not trials:
+            raise ClusterQError(
+                f"the strategy proposed {'the same trial twice: ' + alike[0] if alike else 'no trial'}; "
+                "Neural Compressor would skip it and lose count"
+            )
         scores: list[float] = []
 
         def eval_fn(model: nn.Module) -> float:
@@ -81,11 +87,6 @@ class NeuralCompressorAdaptor:
         tuning = TuningConfig(config_set=configs, tolerable_loss=request.tolerable_loss, max_trials=len(configs))
         with watched_by(progress), _quiet(logging.WARNING):
             model = autotune(exported, tuning, eval_fn=eval_fn, run_fn=_runner(calibration))
-        if model is None:
-            raise ClusterQError(
-                f"Neural Compressor ended its tuning without a model after {len(scores) - 1} of {len(configs)} trials; "
-                "it skips trials that are alike, so check the strategy"
-            )
         float_score, found = scores[0], scores[1:]
         goal = float_score * (1 - request.tolerable_loss)
         records = tuple(TrialRecord(trial, value, value >= goal) for trial, value in zip(trials, found, strict=False))
@@ -121,6 +122,11 @@ class NeuralCompressorAdaptor:
             except metadata.PackageNotFoundError:
                 continue
         return found
+
+
+def _work(trial: Trial) -> tuple[Any, int]:
+    """What tells trials apart for the host, whatever they are called."""
+    return trial.settings, trial.fallback_units
 
 
 def _runner(calibration: Sequence[Tensor]) -> Any:

@@ -130,7 +130,9 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     """Reconstruct on the images that were seen, and hand over to the host's quantized form."""
     calibration: _Calibration | None = getattr(prepared, "meta", {}).pop(CALIBRATION, None)
     if calibration is None:
-        raise ModelError("the model has not been prepared; call neural_compressor.torch.quantization.prepare(model, config) first")
+        raise ModelError(
+            "the model has not been prepared; call neural_compressor.torch.quantization.prepare(model, config) first"
+        )
     assert isinstance(prepared, fx.GraphModule)
     calibration.hook.remove()
     if not calibration.batches:

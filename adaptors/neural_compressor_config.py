@@ -109,7 +109,8 @@ class MRECGConfig(TorchBaseConfig):
         for name, pair in self.layer_bits.items():
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(bits in (None, *WIDTHS) for bits in pair)):
                 raise ValueError(
-                    f"layer_bits of {name!r} is {pair!r}; it must be a pair (weight bits, activation bits), each from 2 to 8 or None"
+                    f"layer_bits of {name!r} is {pair!r}; it must be a pair (weight bits, activation bits), "
+                    "each from 2 to 8 or None"
                 )
         if not isinstance(self.preset, list) and self.preset not in ReconstructionSettings.PRESETS:
             raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(ReconstructionSettings.PRESETS)}")

@@ -157,7 +157,12 @@ class Grouped(Classifier):
 
     def __init__(self) -> None:
         super().__init__(16)
-        self.reduce, self.grouped, self.expand, self.shortcut = conv(8, 8, 1), conv(8, 8, 3, 2, 2), conv(8, 16, 1), conv(8, 16, 1, 2)
+        self.reduce, self.grouped, self.expand, self.shortcut = (
+            conv(8, 8, 1),
+            conv(8, 8, 3, 2, 2),
+            conv(8, 16, 1),
+            conv(8, 16, 1, 2),
+        )
 
     def features(self, x: Tensor) -> Tensor:
         y = self.expand(functional.relu(self.grouped(functional.relu(self.reduce(x)))))

@@ -77,6 +77,8 @@ def install_quantizers(graph_module: fx.GraphModule, plan: BitPlan, settings: Re
         layer.quantizer: layer for unit in units for layer in unit.layers if layer.quantizer is not None
     }
 
+    bits.update({name: min(bits[name], settings.weight_ceiling) for name in weights})
+
     def make(name: str) -> nn.Module:
         if name not in weights:
             return ActivationQuantizer(bits.get(name, plan.activation), settings.range_norm)

@@ -148,7 +148,7 @@ class _Loop:
                     UnitReport(
                         unit.name,
                         tuple(layer.name for layer in unit.layers),
-                        min((quantizer.bits for quantizer in quantizers(module)), default=32),  # the host may leave a unit in float
+                        min((quantizer.bits for quantizer in quantizers(module)), default=32),  # 32: a unit in float
                         modcap(unit, self.quantized.bits, self.settings.stride_factor),
                         loss,
                         loss / power if power else 0.0,
@@ -219,12 +219,8 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepping, T_max=steps)
     report_every = max(1, steps // 20)
     for step in range(steps):
-        chosen = torch.randint(
-            images, (min(settings.batch_size, images),), generator=generator, device=flow.targets.device
-        )
-        loss = reconstruction_loss(
-            module(_mixed(flow, chosen, settings.drop_probability, generator)), flow.targets[chosen]
-        )
+        chosen = torch.randint(images, (min(settings.batch_size, images),), generator=generator, device=flow.targets.device)
+        loss = reconstruction_loss(module(_mixed(flow, chosen, settings.drop_probability, generator)), flow.targets[chosen])
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
         if beta is not None:
@@ -236,9 +232,7 @@ def _descend(
         stepping.step()
         schedule.step()
         if (step + 1) % report_every == 0 or step + 1 == steps:
-            stage.advance(
-                report_every if (step + 1) % report_every == 0 else steps % report_every, f"{label} loss {loss:.4g}"
-            )
+            stage.advance(report_every if (step + 1) % report_every == 0 else steps % report_every, f"{label} loss {loss:.4g}")
 
 
 def _mixed(flow: _Flow, chosen: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -37,6 +37,13 @@ class ReconstructionSettings(BaseModel):
     stack_layers: int = Field(
         3, ge=1, le=16, description="Layers of a plain chain that form one block (released MRECG code: 3)."
     )
+    weight_ceiling: int = Field(
+        8,
+        ge=2,
+        le=8,
+        description="Most bits that any weight gets, those of the first and last layer included. "
+        "`quantization.reduce_range` sets it to 7.",
+    )
     iterations: int = Field(1000, ge=0, le=100_000, description="Optimisation steps per unit (released code: 20000).")
     batch_size: int = Field(32, ge=1, le=4096, description="Images per step (QDrop: 32).")
     weight_learning_rate: float = Field(

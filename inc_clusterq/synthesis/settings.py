@@ -27,10 +27,13 @@ class ClusterQSettings(BaseModel):
     warmup_iterations: int = Field(
         default=100,
         ge=0,
-        description="Generator steps before the class centroids start and the alignment term joins. Measured.",
+        description="Generator steps before the class centroids start and the alignment term joins. Our choice: "
+        "by then most generated samples are of their class.",
     )
     batch_size: int = Field(
-        default=64, ge=2, description="Images per generator step. Released code: 64 to 200, by model; the low end."
+        default=64,
+        ge=2,
+        description="Images per generator step. Released code: 64 to 200, by model; the low end.",
     )
     latent_size: int = Field(
         default=100, ge=1, description="Length of the latent vector z and of the class embedding. Released code."
@@ -73,7 +76,9 @@ class ClusterQSettings(BaseModel):
         default=0.2, gt=0, le=1, description="d in C <- (1 - d) C + d m, the moving average of the centroids. Paper."
     )
     centroid_samples: int = Field(
-        default=4, ge=1, description="Images per class from which the centroids start. Our choice: a few, since every step adds more."
+        default=4,
+        ge=1,
+        description="Images per class from which the centroids start. Our choice: a few, since every step adds more.",
     )
     mean_diversity: float = Field(
         default=0.03,

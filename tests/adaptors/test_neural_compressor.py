@@ -26,6 +26,7 @@ from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.bits import LayerBits
+from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.tuning import Trial, TuningRequest
 
@@ -216,20 +217,20 @@ def test_an_unknown_layer_is_an_error_that_lists_the_known_ones(
 def test_units_that_fall_back_are_those_with_the_largest_relative_loss(
     exported: nn.Module, run_fn: Callable[[nn.Module], None]
 ) -> None:
-    def make(units: int) -> nn.Module:
+    def make(units: int) -> Reconstruction:
         source = copy.deepcopy(exported)
         source._exported, source.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
         config = MRECGConfig(w_bits=2, act_bits=2, granularity="block", fallback_units=units, **QUICK)  # type: ignore[arg-type]
-        result: nn.Module = quantize(source, config, run_fn=run_fn)
+        result: Reconstruction = quantize(source, config, run_fn=run_fn).reconstruction
         return result
 
-    plain, raised = make(0).reconstruction, make(1).reconstruction
-    assert [unit.lowest_bits for unit in plain.units] == [8, 2, 2, 8]  # type: ignore[union-attr]
-    worst = max((1, 2), key=lambda i: plain.units[i].relative_loss)  # type: ignore[union-attr]
-    capacities = [b.capacity / a.capacity for a, b in zip(plain.units, raised.units, strict=True)]  # type: ignore[union-attr]
+    plain, raised = make(0), make(1)
+    assert [unit.lowest_bits for unit in plain.units] == [8, 2, 2, 8]
+    worst = max((1, 2), key=lambda i: plain.units[i].relative_loss)
+    capacities = [b.capacity / a.capacity for a, b in zip(plain.units, raised.units, strict=True)]
     assert capacities[worst] == pytest.approx(4)  # 8 bits in place of 2
     assert all(ratio == 1 for i, ratio in enumerate(capacities) if i != worst)
-    assert [unit.lowest_bits for unit in raised.units][worst] == 8  # type: ignore[union-attr]
+    assert [unit.lowest_bits for unit in raised.units][worst] == 8
 
 
 @contextmanager
@@ -306,6 +307,12 @@ def test_the_adaptor_stops_at_the_first_trial_that_meets_the_goal(exported: nn.M
     assert [record.met_goal for record in outcome.trials] == [True]
 
 
+def test_trials_that_are_alike_are_refused_since_the_host_would_lose_count(exported: nn.Module, inputs: Tensor) -> None:
+    for proposed, message in ((trials("block", "layer", "block"), "same trial twice: block"), ([], "no trial")):
+        with pytest.raises(ClusterQError, match=message):
+            NeuralCompressorAdaptor().tune(exported, inputs.split(10), proposed, request(), lambda model: 1.0, None)
+
+
 def test_the_request_reaches_the_reconstruction(exported: nn.Module, inputs: Tensor) -> None:
     layers = {"two.conv1.0": LayerBits(8, None)}
     with scores_in_order([1.0, 1.0]) as (score, _):
@@ -367,12 +374,14 @@ def test_a_saved_model_opens_with_the_host_alone_and_computes_the_same(network: 
 
 
 def test_a_saved_model_is_about_a_quarter_of_the_float_one(tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 256, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 8)).eval()
+    module = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 256, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 8)
+    ).eval()
     inputs = torch.randn(64, 3, 8, 8)
     weights = sum(parameter.numel() for parameter in module.parameters())
     model = quantize(
         export(module, (inputs[:2],), dynamic_shapes=DYNAMIC),
-        MRECGConfig(iterations=0),  # type: ignore[arg-type]
+        MRECGConfig(iterations=0),
         run_fn=lambda model: model(inputs),
     )
     NeuralCompressorAdaptor().save(model, inputs[:2], tmp_path)
@@ -398,7 +407,8 @@ class DataDependent(nn.Module):
         self.layer = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) if x.sum() > 0 else self.layer(-x)
+        result: Tensor = self.layer(x) if x.sum() > 0 else self.layer(-x)
+        return result
 
 
 class FixedBatch(nn.Module):
@@ -430,7 +440,8 @@ def test_a_model_with_several_inputs_is_refused() -> None:
             self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
 
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return (self.a(x) + self.b(y)).mean((2, 3))
+            result: Tensor = (self.a(x) + self.b(y)).mean((2, 3))
+            return result
 
     pair = (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8))
     with pytest.raises(ModelError, match="the model has 2 inputs"):

@@ -31,7 +31,9 @@ def compiled_with_code(model: nn.Module, example: Tensor) -> tuple[Compiled, str
     return compiled, "\n".join(codes)
 
 
-def test_a_4_bit_model_runs_on_int8_kernels_and_computes_what_was_evaluated(reconstructed: Reconstructed, network: Network) -> None:
+def test_a_4_bit_model_runs_on_int8_kernels_and_computes_what_was_evaluated(
+    reconstructed: Reconstructed, network: Network
+) -> None:
     _, inputs = network("residual")
     converted = convert(reconstructed("residual"))
     compiled, code = compiled_with_code(converted, inputs[:1])
@@ -125,7 +127,9 @@ def test_a_model_that_differs_only_beyond_the_calibrated_range_is_refused(pair: 
         check_parity(model, deployed, inputs)
 
 
-def test_a_model_that_cannot_be_compiled_is_our_failure(monkeypatch: pytest.MonkeyPatch, pair: tuple[nn.Module, Tensor]) -> None:
+def test_a_model_that_cannot_be_compiled_is_our_failure(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[nn.Module, Tensor]
+) -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise ValueError("no such kernel")

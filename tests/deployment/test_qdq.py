@@ -28,7 +28,9 @@ def nodes_of(graph_module: fx.GraphModule, target: object) -> list[fx.Node]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_the_converted_model_is_the_hard_simulation_to_the_bit(reconstructed: Reconstructed, network: Network, name: str) -> None:
+def test_the_converted_model_is_the_hard_simulation_to_the_bit(
+    reconstructed: Reconstructed, network: Network, name: str
+) -> None:
     _, inputs = network(name)
     graph = reconstructed(name)
     probes = [inputs, inputs * 10, inputs[:1]]  # the second one far beyond the calibrated ranges
@@ -69,9 +71,7 @@ def test_no_float_original_of_a_quantized_weight_is_left(reconstructed: Reconstr
 
 
 @torch.no_grad()
-def test_the_users_float_model_is_untouched(
-    prepare: Callable[[nn.Module, Tensor], fx.GraphModule], network: Network
-) -> None:
+def test_the_users_float_model_is_untouched(prepare: Callable[[nn.Module, Tensor], fx.GraphModule], network: Network) -> None:
     module, inputs = network("transposed")
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     settings = ReconstructionSettings(iterations=2)

@@ -58,7 +58,12 @@ def layer() -> Callable[..., Layer]:
     """A layer by hand; its quantizer is called `q_` and its name."""
 
     def make(
-        name: str, shape: tuple[int, ...] = (4, 4, 3, 3), kind: str = "dense", stride: int = 1, dilation: int = 1, **keys: str | None
+        name: str,
+        shape: tuple[int, ...] = (4, 4, 3, 3),
+        kind: str = "dense",
+        stride: int = 1,
+        dilation: int = 1,
+        **keys: str | None,
     ) -> Layer:
         return Layer(name, f"{name}.weight", name, keys.get("quantizer", f"q_{name}"), kind, stride, dilation, shape)
 

@@ -22,7 +22,7 @@ def bits_of(graph_module: fx.GraphModule, plan: BitPlan) -> Bits:
         for layer in unit.layers:
             if layer.quantizer is not None:
                 weights[layer.name] = bits[layer.quantizer]
-                inputs[layer.name] = bits[str(nodes[layer.node].args[0].target)]  # type: ignore[union-attr]
+                inputs[layer.name] = bits[str(nodes[layer.node].args[0].target)]
     return weights, inputs
 
 
@@ -73,7 +73,9 @@ def test_quantizers_that_the_host_shares_have_one_width(prepared: Prepared, laye
     assert all(len(width) == 1 for width in widths.values())
 
 
-@pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["residual", "depthwise", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed"]
+)
 def test_every_quantizer_has_bits(prepared: Prepared, name: str) -> None:
     graph_module = prepared(name)
     bits = assign_bits(graph_module, partition(graph_module), BitPlan(4, 4))

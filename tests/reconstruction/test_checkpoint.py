@@ -22,7 +22,7 @@ Quantized = Callable[..., QuantizedGraph]
 Quick = Callable[..., ReconstructionSettings]
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for the end of the process."""
 
 

@@ -22,7 +22,9 @@ def test_each_element_is_dropped_with_the_given_probability_and_alone(probabilit
 
 @pytest.mark.parametrize("probability", [0.3, 0.5])
 @pytest.mark.parametrize("shape", [(1,), (63,), (3, 5, 7), (64, 2)])
-def test_a_mask_has_the_shape_and_type_of_its_tensor_and_follows_its_generator(probability: float, shape: tuple[int, ...]) -> None:
+def test_a_mask_has_the_shape_and_type_of_its_tensor_and_follows_its_generator(
+    probability: float, shape: tuple[int, ...]
+) -> None:
     like = torch.empty(shape, dtype=torch.float64)
     first, again = (draw_mask(like, probability, torch.Generator().manual_seed(1)) for _ in range(2))
     assert first.shape == like.shape

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_every_weighted_operator_lies_in_exactly_one_unit(quantized: Quantized, 
 @pytest.mark.parametrize("name", UNITS)
 def test_nothing_passes_by_a_cut(quantized: Quantized, name: str) -> None:
     graph = quantized(name)
-    for unit, following in zip(graph.units, graph.units[1:], strict=False):
+    for unit, following in pairwise(graph.units):
         assert unit.end == following.start
         assert not reaches_output_without(graph.graph_module, unit.end)
 
@@ -180,7 +181,11 @@ def test_no_operator_overwrites_its_input_afterwards(prepared: Prepared, network
     graph_module = prepared("in_place")
 
     def overwriting() -> list[str]:
-        return [node.name for node in graph_module.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)]
+        return [
+            node.name
+            for node in graph_module.graph.nodes
+            if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        ]
 
     assert len(overwriting()) == 4
     erase_guards(graph_module)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,11 @@ def test_units_are_those_of_the_granularity(run: Run, quick: Quick) -> None:
 
 def test_modcap_joins_the_homogeneous_neighbours_that_differ_most(run: Run, quick: Quick) -> None:
     report, _, _ = run("residual", quick(iterations=1, granularity="modcap", top_k=1))
-    assert [" ".join(unit.layers) for unit in report.units] == ["stem.0", "one.conv1.0 one.conv2.0 two.conv1.0 two.conv2.0", "fc"]
+    assert [" ".join(unit.layers) for unit in report.units] == [
+        "stem.0",
+        "one.conv1.0 one.conv2.0 two.conv1.0 two.conv2.0",
+        "fc",
+    ]
     # 3 bits: 576 * 2 weights, then 1152 of stride 2 and 2304.
     assert report.units[1].capacity == pytest.approx(3 * (1152 + 1.6 * 1152 + 2304))
 
@@ -121,7 +126,7 @@ def test_modcap_joins_the_homogeneous_neighbours_that_differ_most(run: Run, quic
 def test_the_loss_metric_joins_the_neighbours_whose_base_losses_differ_most(run: Run, quick: Quick) -> None:
     report, _, _ = run("chain", quick(iterations=3, granularity="loss", top_k=1, stack_layers=1))
     losses = [unit.loss for unit in report.base]
-    gaps = [(a - b) ** 2 for a, b in zip(losses, losses[1:], strict=False)]
+    gaps = [(a - b) ** 2 for a, b in pairwise(losses)]
     i = gaps.index(max(gaps))
     names = [unit.layers for unit in report.base]
     assert [unit.layers for unit in report.units] == [*names[:i], names[i] + names[i + 1], *names[i + 2 :]]

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.registry import STRATEGIES, find
+from inc_clusterq.strategies.mrecg import MRECGStrategy
+from inc_clusterq.tuning import Trial, TuningRequest
+
+
+def trials(weight: int = 4, activation: int = 4, most: int = 6, **settings: object) -> list[Trial]:
+    chosen = ReconstructionSettings.model_validate(settings)
+    return list(MRECGStrategy().trials(TuningRequest(weight, activation, chosen, max_trials=most)))
+
+
+def summary(found: list[Trial]) -> list[tuple[str | None, int]]:
+    return [(trial.settings.granularity, trial.fallback_units) for trial in found]
+
+
+def test_modcap_comes_first_then_loss_then_ever_more_units_at_8_bits() -> None:
+    assert summary(trials()) == [("modcap", 0), ("loss", 0), ("loss", 1), ("loss", 2), ("loss", 4), ("loss", 8)]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "modcap", "loss"])
+def test_a_granularity_that_the_user_fixed_is_kept(granularity: str) -> None:
+    assert summary(trials(granularity=granularity, most=3)) == [(granularity, 0), (granularity, 1), (granularity, 2)]
+
+
+def test_at_8_bits_there_is_nothing_to_fall_back_to() -> None:
+    assert summary(trials(8, 8)) == [("modcap", 0), ("loss", 0)]
+    assert summary(trials(8, 8, granularity="block")) == [("block", 0)]
+
+
+@pytest.mark.parametrize(("weight", "activation"), [(4, 8), (8, 4)])
+def test_one_width_below_8_bits_is_enough_to_fall_back(weight: int, activation: int) -> None:
+    assert len(trials(weight, activation)) == 6
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_there_is_at_least_one_trial_and_never_more_than_allowed(most: int, bits: int) -> None:
+    assert 1 <= len(trials(bits, bits, most)) <= most
+
+
+def test_a_single_trial_is_modcap() -> None:
+    assert summary(trials(most=1)) == [("modcap", 0)]
+
+
+def test_no_two_trials_are_alike_and_each_has_a_label_of_its_own() -> None:
+    found = trials(most=9)
+    assert len(set(summary(found))) == len(found)
+    assert len({trial.label for trial in found}) == len(found)
+
+
+def test_the_users_other_settings_reach_every_trial() -> None:
+    assert {(trial.settings.iterations, trial.settings.top_k) for trial in trials(iterations=7, top_k=2)} == {(7, 2)}
+
+
+def test_the_strategy_is_found_by_its_name() -> None:
+    assert find(STRATEGIES, "mrecg") is MRECGStrategy

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from inc_clusterq.errors import OutputError
+from inc_clusterq.output import RESULT, check_output, filled_whole
+
+
+def fill(folder: Path, text: str = "{}") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_new_or_an_empty_folder_is_fine(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", overwrite=overwrite)
+    check_output(tmp_path / "new", overwrite=overwrite)
+    check_output(tmp_path / "deep" / "er" / "new", overwrite=overwrite)
+    assert contents(tmp_path) == {}
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="is a file; name a folder"):
+        check_output(tmp_path / "out", overwrite=overwrite)
+    assert contents(tmp_path) == {"out": "mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="holds other files and no earlier result"):
+        check_output(tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == {"thesis.tex": "mine"}
+
+
+def test_an_earlier_result_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    fill(tmp_path / "out")
+    with pytest.raises(OutputError, match="already holds a result; add --overwrite"):
+        check_output(tmp_path / "out", overwrite=False)
+    check_output(tmp_path / "out", overwrite=True)
+
+
+# Permissions would not stop a test that runs as root; a path below a file stops everybody.
+@pytest.mark.parametrize("name", ["file/out", "file/deep/out"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_output(tmp_path / name, overwrite=False)
+    with pytest.raises(OutputError, match="cannot be written"), filled_whole(tmp_path / name):
+        pytest.fail("the block must not be entered")
+
+
+def test_the_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with filled_whole(out) as folder:
+        fill(folder)
+        assert not out.exists()
+        assert folder.parent == tmp_path
+    assert contents(tmp_path) == {f"out/{RESULT}": "{}"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyboardInterrupt()])
+def test_nothing_is_left_after_an_exception(tmp_path: Path, error: BaseException) -> None:
+    def work() -> None:
+        with filled_whole(tmp_path / "out") as folder:
+            fill(folder)
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_job_leaves_the_earlier_result_as_it_was(tmp_path: Path) -> None:
+    def work() -> None:
+        with filled_whole(tmp_path / "out") as folder:
+            fill(folder, "new")
+            raise ValueError
+
+    fill(tmp_path / "out", "old")
+    with pytest.raises(ValueError, match=r"^$"):
+        work()
+    assert contents(tmp_path) == {f"out/{RESULT}": "old"}
+
+
+def test_a_new_result_takes_the_place_of_the_whole_old_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    (out / "leftover").write_text("old")
+    with filled_whole(out) as folder:
+        fill(folder, "new")
+        assert contents(out) == {RESULT: "old", "leftover": "old"}
+    assert contents(tmp_path) == {f"out/{RESULT}": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_result_comes_back_when_the_new_one_cannot_replace_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == out and "old" not in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputError, match="cannot be written: Input/output error"), filled_whole(out) as folder:
+        fill(folder, "new")
+    assert contents(tmp_path) == {f"out/{RESULT}": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_that_arrive_during_the_job_are_not_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def work() -> None:
+        with filled_whole(out) as folder:
+            fill(folder)
+            out.mkdir()
+            (out / "thesis.tex").write_text("mine")
+
+    with pytest.raises(OutputError, match="holds other files"):
+        work()
+    assert contents(tmp_path) == {"out/thesis.tex": "mine"}
+
+
+def test_the_current_folder_and_those_above_it_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    for folder in (Path(), Path(".."), tmp_path):
+        with pytest.raises(OutputError, match="current folder"):
+            check_output(folder, overwrite=True)
