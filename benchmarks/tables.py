@@ -13,25 +13,46 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = DOCS / "accuracy.md"
-MARK = "<!-- everything below is written by benchmarks/tables.py -->"
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- written by benchmarks/tables.py -->", "<!-- end -->"
+SUMMARY = ("INC noise", "INC real", "ours, no data")  # columns of the README
 
 
 def main() -> None:
-    """Rewrite or check the page."""
+    """Rewrite or check both pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    text = page(PAGE.read_text(encoding="utf-8"), sorted((DOCS / "figures").glob("accuracy-*.json")))
-    if parser.parse_args().check:
-        sys.exit(int(text != PAGE.read_text(encoding="utf-8")))
-    PAGE.write_text(text, encoding="utf-8")
+    check = parser.parse_args().check
+    files = sorted((ROOT / "docs" / "figures").glob("accuracy-*.json"))
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    stale = False
+    for page, body in ((ROOT / "docs" / "accuracy.md", _sections(records)), (ROOT / "README.md", _summary(records))):
+        before = page.read_text(encoding="utf-8")
+        after = between_marks(before, body)
+        stale = stale or after != before
+        if not check:
+            page.write_text(after, encoding="utf-8")
+    sys.exit(int(check and stale))
 
 
-def page(text: str, files: list[Path]) -> str:
-    """The page with everything below the mark written anew."""
-    head = text[: text.index(MARK)]
-    return head + MARK + "\n\n" + "\n".join(_section(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+def between_marks(text: str, body: str) -> str:
+    """The page with what stands between its two marks replaced."""
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:begin]}\n\n{body}\n{text[end:]}"
+
+
+def _sections(records: list[dict[str, Any]]) -> str:
+    return "\n".join(map(_section, records))
+
+
+def _summary(records: list[dict[str, Any]]) -> str:
+    lines = [_row(["network", "width", "float", *SUMMARY]), _row(["---"] * (len(SUMMARY) + 3))]
+    for record in records:
+        for net, found in record["top1"].items():
+            for width, by_column in found["top1"].items():
+                cells = [_cell(by_column[column]) for column in SUMMARY]
+                lines.append(_row([net, width, f"{found['float']:.2f}", *cells]))
+    return "\n".join([*lines, ""])
 
 
 def _section(record: dict[str, Any]) -> str:

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from inc_clusterq.reconstruction.bits import BitPlan, assign_bits
+from inc_clusterq.reconstruction.cleanup import make_cuttable
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.graph import (
     Layer,
     Unit,
     attribute,
-    erase_guards,
-    functionalise,
-    localise_batch_sizes,
     partition,
     replace_observers,
 )
@@ -66,9 +64,7 @@ def install_quantizers(graph_module: fx.GraphModule, plan: BitPlan, settings: Re
     Raises:
         ValueError: the graph holds no convolution or linear operator, or the plan names an unknown layer.
     """
-    erase_guards(graph_module)
-    functionalise(graph_module)
-    localise_batch_sizes(graph_module)
+    make_cuttable(graph_module)
     units = partition(graph_module)
     if not units:
         raise ValueError("the model has no convolution or linear operator that could be quantized")

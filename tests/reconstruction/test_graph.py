@@ -7,16 +7,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.reconstruction.cleanup import erase_guards, functionalise, localise_batch_sizes
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.graph import (
     WEIGHTED,
     Unit,
-    erase_guards,
     extract,
-    functionalise,
     is_observer,
     join,
-    localise_batch_sizes,
     partition,
     replace_observers,
 )
