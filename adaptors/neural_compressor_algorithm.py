@@ -27,6 +27,7 @@ from neural_compressor.torch.utils.utility import algos_mapping
 from torch import Tensor, fx, nn
 
 from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfig, refuse_foreign
+from inc_clusterq.deployment.fusion import fuse_clamps
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import ModelError
 from inc_clusterq.progress import SILENT, Progress
@@ -170,7 +171,9 @@ def _reconstruct(
         quantized, inputs.to(device), settings, seed=config.seed, store=store, progress=_progress.get()
     )
     prepared.to("cpu")
-    return convert(quantized), reconstruction
+    converted = convert(quantized)
+    fuse_clamps(converted)
+    return converted, reconstruction
 
 
 @torch.no_grad()

@@ -31,6 +31,12 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False)]
+ResultFolder = Annotated[
+    Path, typer.Argument(metavar="RESULT", help="Output folder of `inc-clusterq quantize`.", show_default=False)
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail when a quantizable operator would be computed in float.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is already there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the host's log.")]
 
 
@@ -60,18 +66,17 @@ def quantize(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder of the result, in place of the YAML's.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is already there.")] = False,
+    overwrite: Overwrite = False,
     seed: Annotated[
         int | None,
         typer.Option("--seed", min=0, max=2**32 - 1, help="Seed, in place of the YAML's.", show_default=False),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Quantize the model that CONFIG names, without data, and save what plain Neural Compressor loads."""
-    # The host reads its log level when it is imported.
-    os.environ.setdefault("LOGLEVEL", "INFO" if debug else "ERROR")
-    errors = Console(stderr=True)
+    errors = _prepared(debug=debug, quiet=quiet)
     with _reported(errors, debug=debug):
         from inc_clusterq.config import load_config
         from inc_clusterq.console import progress_on
@@ -80,8 +85,71 @@ def quantize(
 
         from inc_clusterq.pipeline import quantize as run  # heavy: only once the configuration is known to be good
 
-        result = run(config, overwrite=overwrite, progress=progress_on(errors, quiet=quiet))
+        result = run(config, overwrite=overwrite, strict=strict, progress=progress_on(errors, quiet=quiet))
         result.print(Console())
+
+
+@app.command()
+def export(
+    result: ResultFolder,
+    to: Annotated[str, typer.Option("--to", help="inductor, onnxruntime or openvino.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write; by default RESULT/TARGET.", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write RESULT for another run time, and check it against the model that was evaluated."""
+    errors = _prepared(debug=debug, quiet=quiet)
+    with _reported(errors, debug=debug):
+        from inc_clusterq.console import progress_on
+        from inc_clusterq.deployment.export import export as run
+
+        progress = progress_on(errors, quiet=quiet)
+        run(result, to, output=output, overwrite=overwrite, strict=strict, progress=progress).print(Console())
+
+
+@app.command()
+def pack(
+    result: ResultFolder,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Write RESULT/packed.safetensors: weights below 8 bits in as many bits as they have."""
+    errors = _prepared(debug=debug, quiet=True)
+    with _reported(errors, debug=debug):
+        from inc_clusterq.deployment.packing import pack as run
+
+        run(result, overwrite=overwrite).print(Console())
+
+
+@app.command()
+def bench(
+    result: ResultFolder,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")] = "1,32",
+    targets: Annotated[str, typer.Option("--targets", help="Targets, separated by commas.")] = "inductor,onnxruntime,openvino",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads; by default all processors.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="The job's YAML, where the float model has moved.", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time RESULT against the compiled float model, and print what was measured."""
+    errors = _prepared(debug=debug, quiet=quiet)
+    with _reported(errors, debug=debug):
+        from inc_clusterq.console import progress_on
+        from inc_clusterq.deployment.bench import bench as run
+        from inc_clusterq.deployment.bench import numbers
+
+        progress = progress_on(errors, quiet=quiet)
+        names = tuple(name.strip() for name in targets.split(","))
+        run(result, numbers(batch), names, threads=threads, config_file=config, progress=progress).print(Console())
 
 
 @app.command()
@@ -101,6 +169,12 @@ def _set_logs(*, debug: bool, quiet: bool) -> None:
     if not debug:
         os.environ.setdefault("TORCH_LOGS", "-all")
         warnings.simplefilter("ignore")
+
+
+def _prepared(*, debug: bool, quiet: bool) -> Console:
+    """Set the logs before anything heavy is imported; returns where progress and errors go."""
+    _set_logs(debug=debug, quiet=quiet)
+    return Console(stderr=True)
 
 
 @contextmanager

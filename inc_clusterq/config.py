@@ -160,6 +160,11 @@ class QuantizationConfig(Section):
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="The synthetic calibration set.")
     model_wise: ModelWise = Field(ModelWise(), description="Widths of the whole model; `bits` is the short form.")
     op_wise: dict[str, OpWise] = Field({}, description="Widths of single layers, by exact module name.")
+    reduce_range: bool | Literal["auto"] = Field(
+        "auto",
+        description="Keep all weights to 7 bits, for processors without VNNI, whose 8-bit kernels overflow on 8-bit weights. "
+        "`auto`: where this machine has neither VNNI nor AMX; say `true` when the model is deployed on such a machine.",
+    )
     reconstruction: ReconstructionSettings = Field(
         ReconstructionSettings(), description="MRECG reconstruction (arXiv 2303.11906)."
     )

@@ -36,6 +36,10 @@ class OutputError(UserError):
     """The output folder cannot be written to, or already holds a result."""
 
 
+class ResultError(UserError):
+    """A saved result that is missing, damaged, or written by another version."""
+
+
 class MissingDependencyError(UserError):
     """An optional package is not installed; the message names the extra that brings it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from inc_clusterq.config import Config
-from inc_clusterq.deployment.inductor import Latency, Parity, check_parity, compile_frozen, measure_latency
+from inc_clusterq.config import Config, QuantizationConfig
+from inc_clusterq.cpu import SAFE_WEIGHT_BITS, cpu, overflows
+from inc_clusterq.deployment.inductor import Compiled, Latency, Parity, check_parity, compile_frozen, measure_latency
+from inc_clusterq.deployment.inductor_operators import compile_and_list
+from inc_clusterq.deployment.operators import Operator, require_int8
 from inc_clusterq.environment import environment
 from inc_clusterq.errors import ConfigError, DatasetError
 from inc_clusterq.evaluation import accuracy, agreement
@@ -23,6 +27,7 @@ from inc_clusterq.models import FloatModel, load_model
 from inc_clusterq.output import RESULT, check_output, filled_whole
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.bits import LayerBits
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
 from inc_clusterq.result import Result, Row
 from inc_clusterq.synthesis.statistics import batch_norms
@@ -33,12 +38,13 @@ PARITY_IMAGES = 256  # at most: each is run one by one through the compiled mode
 FLOAT, STATIC, OURS = "float", "INC static, noise", "inc-clusterq"
 
 
-def quantize(config: Config, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
+def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, progress: Progress = SILENT) -> Result:
     """Quantize the model that `config` names, save it, and report.
 
     Raises:
         UserError: anything that the user can correct; nothing is left half-written.
-        DeploymentError: the compiled model does not compute what was evaluated.
+        DeploymentError: the compiled model does not compute what was evaluated; with `strict` also where it computes a
+            quantizable operator in float.
     """
     seconds: dict[str, float] = {}
     check_output(config.output, overwrite=overwrite)
@@ -64,7 +70,9 @@ def quantize(config: Config, *, overwrite: bool = False, progress: Progress = SI
         adaptor.save(outcome.model, calibration[:2], folder)
         sizes = {FLOAT: _float_size(exported), STATIC: _saved_size(adaptor, static, calibration[:2]), OURS: _size(folder)}
         models = {FLOAT: model.module, STATIC: static, OURS: adaptor.load(folder)}
-        parity, latencies = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
+        parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
+        if strict:
+            require_int8(operators, "inductor")
         result = Result(
             output=config.output,
             metric=judge.metric,
@@ -76,6 +84,8 @@ def quantize(config: Config, *, overwrite: bool = False, progress: Progress = SI
             config=config.model_dump(mode="json", by_alias=True),
             environment=environment(adaptor.versions()),
             seconds=seconds,
+            operators=tuple(operators),
+            folder=os.path.relpath(config.model.folder, config.output),
         )
         result.write(folder / RESULT)
     return result
@@ -83,18 +93,22 @@ def quantize(config: Config, *, overwrite: bool = False, progress: Progress = SI
 
 def _deployed(
     models: Mapping[str, nn.Module], evaluated: nn.Module, inputs: Tensor, stage: Stage
-) -> tuple[Parity, dict[str, Latency]]:
+) -> tuple[Parity, dict[str, Latency], list[Operator]]:
     """Compile all models as they would be deployed; check ours against what was evaluated; time them side by side."""
     example = inputs[:1].clone()
-    compiled = {}
+    compiled: dict[str, Compiled] = {}
+    operators: list[Operator] = []
     for name, module in models.items():
-        compiled[name] = compile_frozen(module, example)
+        if name == OURS and isinstance(module, fx.GraphModule):
+            compiled[name], operators = compile_and_list(module, example)
+        else:
+            compiled[name] = compile_frozen(module, example)
         stage.advance(1, f"compiled {name}")
     parity = check_parity(evaluated, compiled[OURS], inputs)
     stage.advance(1, "checked")
     latencies = measure_latency(compiled, example)
     stage.advance(1, "timed")
-    return parity, latencies
+    return parity, latencies, operators
 
 
 @dataclass(frozen=True)
@@ -132,12 +146,21 @@ def _request(config: Config) -> TuningRequest:
     return TuningRequest(
         weight_bits=quantization.model_wise.weight.bits,
         activation_bits=quantization.model_wise.activation.bits,
-        settings=quantization.reconstruction,
+        settings=_within_range(quantization),
         layers=layers,
         max_trials=config.tuning.exit_policy.max_trials,
         tolerable_loss=config.tuning.accuracy_criterion.relative,
         seed=config.tuning.random_seed,
     )
+
+
+def _within_range(quantization: QuantizationConfig) -> ReconstructionSettings:
+    """The reconstruction's settings, with 7-bit weights where 8-bit ones would overflow (`quantization.reduce_range`)."""
+    settings, wanted = quantization.reconstruction, quantization.reduce_range
+    reduce = overflows(cpu()) if wanted == "auto" else wanted
+    if not reduce:
+        return settings
+    return settings.model_copy(update={"weight_ceiling": min(settings.weight_ceiling, SAFE_WEIGHT_BITS)})
 
 
 def _synthetic(config: Config, model: FloatModel, *, with_held_out: bool, progress: Progress) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inc_clusterq.deployment.inductor import Latency, Parity
+from inc_clusterq.deployment.operators import Operator, summary
 from inc_clusterq.tuning import TuningOutcome
 
 FORMAT = 1
@@ -41,6 +42,8 @@ class Result:
     config: Mapping[str, Any]
     environment: Mapping[str, str]
     seconds: Mapping[str, float]  # by stage
+    operators: tuple[Operator, ...] = ()  # what the compiler made of each
+    folder: str = "."  # of the YAML, relative to `output`
 
     @property
     def met_goal(self) -> bool:
@@ -63,9 +66,11 @@ class Result:
             ],
             "reconstruction": asdict(self.outcome.reconstruction),
             "parity": asdict(self.parity),
+            "operators": [{**asdict(found), "fell_back": found.fell_back} for found in self.operators],
             "seconds": dict(self.seconds),
             "environment": dict(self.environment),
             "config": dict(self.config),
+            "folder": self.folder,
         }
 
     def write(self, file: Path) -> None:
@@ -109,4 +114,5 @@ class Result:
             soft_wrap=True,
             highlight=False,
         )
+        console.print(f"Compiled: {summary(self.operators)}.", soft_wrap=True, highlight=False, markup=False)
         console.print(f"Saved in {self.output}", soft_wrap=True, highlight=False)

@@ -39,8 +39,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None]
     def install(failure: BaseException | None) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
 
-        def quantize(config: Config, *, overwrite: bool, progress: Progress) -> object:
-            calls.append({"config": config, "overwrite": overwrite, "progress": progress})
+        def quantize(config: Config, *, overwrite: bool, strict: bool, progress: Progress) -> object:
+            calls.append({"config": config, "overwrite": overwrite, "strict": strict, "progress": progress})
             if failure is not None:
                 raise failure
             return SimpleNamespace(print=lambda console: show(console))

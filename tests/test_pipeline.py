@@ -185,9 +185,7 @@ def test_a_labelled_set_scores_the_trials_and_the_table_says_so(bench: Bench) ->
         ({"relative": "2"}, "relative"),
     ],
 )
-def test_a_mistake_is_one_sentence_with_status_2_and_leaves_nothing(
-    bench: Bench, keys: dict[str, str], message: str
-) -> None:
+def test_a_mistake_is_one_sentence_with_status_2_and_leaves_nothing(bench: Bench, keys: dict[str, str], message: str) -> None:
     result = bench.run(**keys)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
@@ -204,9 +202,7 @@ def test_labels_that_the_float_model_never_predicts_are_refused(bench: Bench) ->
 def test_an_unknown_layer_in_op_wise_names_those_there_are(bench: Bench) -> None:
     text = (
         dedent(JOB)
-        .format(
-            module=bench.module, function="net", bits="W4A4", evaluation="{held_out: 24}", relative="0", strategy="{}"
-        )
+        .format(module=bench.module, function="net", bits="W4A4", evaluation="{held_out: 24}", relative="0", strategy="{}")
         .replace("quantization:", "quantization:\n  op_wise: {stem.9: {weight: {bits: 8}}}")
     )
     (bench.folder / "job.yaml").write_text(text)
@@ -231,11 +227,17 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(bench: Bench, 
     assert output.read_text() == "mine" if kind == "file" else (output / "thesis.tex").read_text() == "mine"
 
 
-def test_a_model_that_computes_something_else_once_compiled_is_not_saved(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("inc_clusterq.pipeline.compile_frozen", lambda module, example: lambda x: module(x) + 1)
+def test_a_model_that_computes_something_else_once_compiled_is_not_saved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("pipeline", "deployment.inductor_operators"):
+        monkeypatch.setattr(f"inc_clusterq.{module}.compile_frozen", lambda module, example: lambda x: module(x) + 1)
     result = bench.run()
     assert result.exit_code == 1
     assert "must not be deployed" in result.stderr
+    assert bench.left_behind() == set()
+
+
+def test_strict_refuses_a_model_with_an_operator_in_float_and_writes_nothing(bench: Bench) -> None:
+    result = bench.run("--strict")
+    assert result.exit_code == 1, result.output
+    assert "head (linear" in result.stderr  # 12 inputs: Inductor computes so few in a loop of its own
     assert bench.left_behind() == set()

@@ -27,6 +27,7 @@ from inc_clusterq.reconstruction.ranges import signed_levels
 aten = torch.ops.aten
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+SOURCE_NOTES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # of a node's metadata
 STORED_MAX = 255  # top of uint8, which every activation is stored in
 
 
@@ -67,6 +68,7 @@ def convert(quantized: QuantizedGraph) -> fx.GraphModule:
     converted: fx.GraphModule = convert_pt2e(graph_module, fold_quantize=True)
     write_clamps(converted)
     drop_unused_tensors(converted)
+    forget_sources(converted)
     return converted
 
 
@@ -102,6 +104,13 @@ def drop_unused_tensors(graph_module: fx.GraphModule) -> None:
     for name, child in list(graph_module.named_children()):
         if name not in called and not any(True for _ in child.state_dict()):
             delattr(graph_module, name)
+
+
+def forget_sources(graph_module: fx.GraphModule) -> None:
+    """Remove stack traces: they quote the user's source files, and make up most of a small model's file."""
+    for node in graph_module.graph.nodes:
+        for key in SOURCE_NOTES:
+            node.meta.pop(key, None)
 
 
 def _fixed(quantizer: nn.Module) -> FixedObserver:

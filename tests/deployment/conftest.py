@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.deployment.fusion import fuse_clamps
+from inc_clusterq.deployment.qdq import convert
+from inc_clusterq.deployment.saved import HOST_CONFIG, PROGRAM, SavedModel, open_result
+from inc_clusterq.output import RESULT
 from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
@@ -26,3 +33,42 @@ def reconstructed(
         return graph
 
     return make
+
+
+SavedResult = Callable[..., SavedModel]
+
+
+@pytest.fixture
+def saved(
+    reconstructed: Callable[..., QuantizedGraph],
+    network: Callable[[str], tuple[nn.Module, Tensor]],
+    tmp_path_factory: pytest.TempPathFactory,
+    _saved_once: dict[str, SavedModel],
+) -> SavedResult:
+    """A network's result folder, as `quantize` leaves it but without its figures; made once for each set of bits."""
+
+    def make(name: str, bits: int = 4, edge: int = 8) -> SavedModel:
+        key = f"{name}-{bits}-{edge}"
+        if key not in _saved_once:
+            module = convert(reconstructed(name, bits, edge))
+            fuse_clamps(module)
+            folder = tmp_path_factory.mktemp(key)
+            write_result(folder, module, network(name)[1][:2])
+            _saved_once[key] = open_result(folder)
+        return _saved_once[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _saved_once() -> dict[str, SavedModel]:
+    return {}
+
+
+def write_result(folder: Path, module: fx.GraphModule, example: Tensor) -> None:
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    with (folder / PROGRAM).open("wb") as stream:
+        torch.export.save(torch.export.export(module, (example,), dynamic_shapes=shapes), stream)
+    (folder / HOST_CONFIG).write_text(json.dumps({"static_quant": {}}))
+    described = {"shape": list(example.shape[1:]), "range": [-4, 4], "mean": [0], "std": [1]}
+    (folder / RESULT).write_text(json.dumps({"format": 1, "config": {"model": {"input": described}}}))

@@ -1,0 +1,215 @@
+"""`inc-clusterq bench`: how fast a result is on each target, against the compiled float model.
+
+The models take turns, call by call, so that a drift of the machine's speed meets all of them, and the ratio to float is
+the median of the ratios of neighbouring calls. Every run time gets the same number of threads.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from inc_clusterq.config import Config, load_config
+from inc_clusterq.cpu import Cpu, cpu, range_warning
+from inc_clusterq.deployment import onnx, openvino
+from inc_clusterq.deployment.export import parity_inputs
+from inc_clusterq.deployment.inductor import Compiled, Latency, compile_frozen
+from inc_clusterq.deployment.packing import weight_bits
+from inc_clusterq.deployment.saved import SavedModel, open_result
+from inc_clusterq.deployment.targets import load_inductor, target
+from inc_clusterq.errors import ConfigError, ResultError
+from inc_clusterq.models import load_model
+from inc_clusterq.progress import SILENT, Progress
+
+FLOAT = "float"
+ROUNDS = 30
+WARM_UP = 3
+BUDGET = 60.0  # seconds for one batch size; fewer rounds where the calls are slow
+FEWEST = 7
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch size."""
+
+    model: str
+    batch: int
+    latency: Latency
+    speed: Latency  # times as fast as the float model, from neighbouring calls
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured."""
+
+    timings: tuple[Timing, ...]
+    threads: int
+    processor: Cpu
+    warning: str | None
+    peak_memory: int  # bytes, of this process so far
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "timings": [asdict(timing) for timing in self.timings],
+            "threads": self.threads,
+            "processor": str(self.processor),
+            "warning": self.warning,
+            "peak_memory": self.peak_memory,
+        }
+
+    def print(self, console: Console) -> None:
+        """Print the table and what it was measured on."""
+        table = Table(title=f"Latency, {self.threads} thread(s), models in turn", title_justify="left")
+        table.add_column("model")
+        for heading in ("batch", "ms", "10 to 90 %", "speed", "10 to 90 %"):
+            table.add_column(heading, justify="right")
+        for timing in self.timings:
+            latency, speed = timing.latency, timing.speed
+            table.add_row(
+                timing.model,
+                str(timing.batch),
+                f"{latency.median:.2f}",
+                f"{latency.low:.2f} to {latency.high:.2f}",
+                f"{speed.median:.2f}x",
+                f"{speed.low:.2f} to {speed.high:.2f}",
+            )
+        console.print(table)
+        console.print(str(self.processor), soft_wrap=True, highlight=False)
+        console.print(f"Peak memory of the process: {self.peak_memory / 2**20:.0f} MiB", highlight=False)
+        if self.warning:
+            console.print(f"Warning: {self.warning}.", soft_wrap=True, highlight=False)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Batch sizes from `1,32`; ConfigError where it is something else."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = (0,)
+    if any(number < 1 for number in found):
+        raise ConfigError(f"batch sizes are {text!r}; they must be positive whole numbers, separated by commas, such as 1,32")
+    return found
+
+
+def bench(
+    result: Path,
+    batches: Sequence[int] = (1, 32),
+    targets: Sequence[str] = ("inductor",),
+    *,
+    threads: int | None = None,
+    config_file: Path | None = None,
+    progress: Progress = SILENT,
+) -> Bench:
+    """Time a saved result on `targets`.
+
+    Raises:
+        ResultError: the result is missing, damaged, or of another version.
+        ModelError: the float model cannot be loaded from where it was.
+        MissingDependencyError: a run time is not installed.
+    """
+    chosen = [target(name) for name in targets]
+    saved = open_result(result)
+    model = load_model((load_config(config_file) if config_file else _config(saved)).model).module
+    processor = cpu()
+    images = parity_inputs(saved, max(batches))
+    timings: list[Timing] = []
+    stages = len(batches) * (len(chosen) + 1)
+    with tempfile.TemporaryDirectory() as scratch, _threads(threads) as count, progress.stage("Timing", stages) as stage:
+        folders = {}
+        for each in chosen:
+            folders[each.name] = Path(scratch) / each.name
+            folders[each.name].mkdir()
+            each.write(saved, folders[each.name])
+        for batch in batches:
+            inputs = images[:batch].clone()
+            torch.compiler.reset()  # before all, not between: a model that lost its code would be compiled again, thawed
+            models: dict[str, Compiled] = {FLOAT: compile_frozen(model, inputs)}
+            for name, folder in folders.items():
+                models[name] = loaders(count)[name](folder)
+                models[name](inputs)
+                stage.advance(1, f"prepared {name}")
+            timings += time_in_turn(models, inputs)
+            stage.advance(1, f"timed batch {batch}")
+    warning = range_warning(processor, list(weight_bits(saved.program).values()))
+    return Bench(tuple(timings), count, processor, warning, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def loaders(threads: int) -> Mapping[str, Callable[[Path], Compiled]]:
+    """How to load what each target has written, with a number of threads."""
+    return {
+        "inductor": load_inductor,
+        "onnxruntime": lambda folder: onnx.load(folder, threads),
+        "openvino": lambda folder: openvino.load(folder, threads),
+    }
+
+
+def time_in_turn(
+    models: Mapping[str, Compiled],
+    inputs: Tensor,  # shape: (batch, *shape)
+    rounds: int = ROUNDS,
+) -> list[Timing]:
+    """Time the models in turn; the first one is what the others are compared with."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    began = time.perf_counter()
+    with torch.no_grad():
+        for number in range(WARM_UP + rounds):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(inputs)
+                if number >= WARM_UP:
+                    times[name].append(1000 * (time.perf_counter() - start))
+            if number >= WARM_UP + FEWEST and time.perf_counter() - began > BUDGET:
+                break
+    reference = next(iter(times.values()))
+    return [
+        Timing(
+            name,
+            len(inputs),
+            _summary(values),
+            _summary([base / value for base, value in zip(reference, values, strict=True)]),
+        )
+        for name, values in times.items()
+    ]
+
+
+def _summary(values: Sequence[float]) -> Latency:
+    deciles = statistics.quantiles(values, n=10)
+    return Latency(statistics.median(values), deciles[0], deciles[-1])
+
+
+def _config(saved: SavedModel) -> Config:
+    """The job that made the result, its files found relative to where the result lies."""
+    folder = (saved.folder / str(saved.report.get("folder", "."))).resolve()
+    try:
+        return Config.model_validate(dict(saved.report["config"]), context={"folder": folder})
+    except (KeyError, ValidationError) as error:
+        raise ResultError(
+            f"result {saved.folder} does not say what made it: {' '.join(str(error).split())[:200]}; "
+            "name the job's YAML with --config"
+        ) from error
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    """torch's threads set to `wanted`, and back again."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,201 @@
+"""The target `onnxruntime`: a quantize-dequantize ONNX file that plain ONNX Runtime runs in int8 (CPU, default options)."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from inc_clusterq.deployment.extras import require
+from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, of_kind, source_operators
+from inc_clusterq.deployment.saved import input_shape
+from inc_clusterq.errors import DeploymentError, ResultError
+
+EXTRA = "onnx"
+MODEL = "model.onnx"
+INPUT, OUTPUT = "input", "logits"
+OPSET = 20
+MOST_IMAGES_PER_CALL = 4096
+ONNX_KINDS: dict[str, Kind] = {
+    "Conv": "convolution",
+    "ConvTranspose": "convolution",
+    "Gemm": "linear",
+    "MatMul": "linear",
+    "MaxPool": "pooling",
+    "AveragePool": "pooling",
+    "GlobalAveragePool": "pooling",
+    "ReduceMean": "pooling",
+    "Concat": "concatenation",
+    "Add": "addition",
+}
+INT8_KERNELS = {
+    "QLinearConv",
+    "QLinearMatMul",
+    "QGemm",
+    "MatMulIntegerToFloat",
+    "QLinearAdd",
+    "QLinearConcat",
+    "QLinearAveragePool",
+    "QLinearGlobalAveragePool",
+}
+MOVES = {"MaxPool", "NhwcMaxPool", "Concat"}  # in int8 where they read and write 8-bit tensors
+QUIET = 3  # ONNX Runtime's log level: errors
+
+
+def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
+    """The module as torch exports it: a free batch dimension, quantize-dequantize nodes, operators named as in the module.
+
+    Raises:
+        MissingDependencyError: onnx or onnxscript is not installed.
+        DeploymentError: an operator has no counterpart in ONNX.
+    """
+    for package in ("onnx", "onnxscript"):
+        require(package, EXTRA)
+    example = torch.zeros(2, *input_shape(module))
+    shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever its stages raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DeploymentError(f"the model cannot be exported to ONNX: {type(error).__name__}: {reason[:300]}") from error
+    assert program is not None
+    model = program.model_proto
+    _name_operators(model, source_operators(module))
+    return model
+
+
+def export(module: fx.GraphModule, folder: Path) -> None:
+    """Write `model.onnx`, as ONNX Runtime needs it for its int8 kernels."""
+    from inc_clusterq.deployment.onnx_rewrite import rewrite
+
+    require("onnxruntime", EXTRA)
+    model = rewrite(to_onnx(module))
+    (folder / MODEL).write_bytes(model.SerializeToString())
+
+
+class OnnxModel:
+    """A session over `model.onnx`, called as a torch module is."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        (outputs,) = self.session.run(None, {INPUT: inputs.detach().cpu().numpy()})
+        return torch.from_numpy(outputs)
+
+
+def load(folder: Path, threads: int | None = None) -> OnnxModel:
+    """What `export` has written, on ONNX Runtime's CPU provider."""
+    return OnnxModel(_session(folder, threads))
+
+
+def operators(module: fx.GraphModule, folder: Path) -> list[Operator]:
+    """What ONNX Runtime made of each operator: read from the graph that it optimised."""
+    import onnx
+
+    sources = source_operators(module)
+    with tempfile.TemporaryDirectory() as scratch:
+        optimised = Path(scratch) / "optimised.onnx"
+        _session(folder, None, optimised)
+        model = onnx.load(optimised)
+    written = onnx.load(folder / MODEL)
+    dequantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    kernels: dict[str, tuple[str, bool]] = {}
+    for node in model.graph.node:
+        name = node.name.partition("_token_")[0].partition("/")[0]
+        real = any(value in dequantized for value in node.input)
+        in_int8 = node.op_type in INT8_KERNELS or (node.op_type in MOVES and not real)
+        kernels.setdefault(name, (node.op_type, in_int8))
+    grouped = {node.name for node in written.graph.node if node.op_type == "Conv"}
+    return [_operator(source, kernels.get(_node_name(source)), _node_name(source) in grouped) for source in sources]
+
+
+def _operator(source: SourceOperator, kernel: tuple[str, bool] | None, still_convolution: bool) -> Operator:
+    if kernel is None:
+        return describe(source, "float", "not found", "ONNX Runtime merged it with another operator")
+    name, in_int8 = kernel
+    if in_int8:
+        return describe(source, "int8", name)
+    if source.kind == "addition" and not source.quantizable:
+        reason = "the evaluated model adds before it rounds; the product that it adds comes from an int8 kernel"
+    elif source.kind == "convolution" and still_convolution:
+        reason = "its unrounded output is read, and ONNX Runtime has no int8 kernel for that where channels are grouped"
+    else:
+        reason = "ONNX Runtime found no quantize node around it that its int8 kernel needs"
+    return describe(source, "float", name, reason)
+
+
+def _session(folder: Path, threads: int | None, optimised: Path | None = None) -> Any:
+    runtime = require("onnxruntime", EXTRA)
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = QUIET
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    if optimised is not None:
+        settings.optimized_model_filepath = str(optimised)
+    file = folder / MODEL
+    if not file.is_file():
+        raise ResultError(f"{folder} holds no {MODEL}; `inc-clusterq export RESULT --to onnxruntime` writes one")
+    try:
+        return runtime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise DeploymentError(f"ONNX Runtime cannot open {file}: {reason}") from error
+
+
+def _node_name(source: SourceOperator) -> str:
+    return f"{source.kind}:{source.name}"
+
+
+def _name_operators(model: Any, sources: Sequence[SourceOperator]) -> None:
+    """Name nodes after the operators they came from, in order, and drop what the exporter notes of the user's source files."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    by_kind: dict[Kind, Iterator[SourceOperator]] = {kind: of_kind(sources, kind) for kind in set(ONNX_KINDS.values())}
+    exact = {f"node_{source.node}": source for source in sources}
+    for number, node in enumerate(model.graph.node):
+        del node.metadata_props[:]
+        kind = ONNX_KINDS.get(node.op_type)
+        feature_maps = [name for name in node.input if name not in constants]
+        node_name, node.name = node.name, f"{node.op_type}:{number}"
+        if kind is None or (kind == "addition" and len(feature_maps) != 2):
+            continue
+        source = exact.get(node_name) if kind in ("addition", "concatenation") else next(by_kind[kind], None)
+        if source is not None:
+            node.name = _node_name(source)
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+        del value.metadata_props[:]
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and warns of its own internals."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

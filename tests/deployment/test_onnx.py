@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from inc_clusterq.deployment import onnx as target
+from inc_clusterq.deployment.inductor import check_parity
+from inc_clusterq.deployment.onnx_bias import between_borders
+from inc_clusterq.deployment.onnx_graph import Graph
+from inc_clusterq.deployment.operators import fallbacks
+from inc_clusterq.deployment.saved import SavedModel
+from inc_clusterq.errors import DeploymentError, MissingDependencyError, ResultError
+
+SavedResult = Callable[..., SavedModel]
+ALL_INT8 = ["residual", "depthwise", "concat"]
+
+
+@pytest.fixture
+def exported(saved: SavedResult, tmp_path: Path) -> Callable[..., tuple[SavedModel, Path]]:
+    def make(name: str, bits: int = 4, edge: int = 8) -> tuple[SavedModel, Path]:
+        model = saved(name, bits, edge)
+        target.export(model.module, tmp_path)
+        return model, tmp_path
+
+    return make
+
+
+def beyond(shape: tuple[int, ...], images: int = 24) -> torch.Tensor:
+    return torch.randn(images, *shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ALL_INT8)
+def test_every_convolution_and_linear_operator_runs_in_int8(
+    exported: Callable[..., tuple[SavedModel, Path]], name: str, bits: int
+) -> None:
+    model, folder = exported(name, bits)
+    operators = target.operators(model.module, folder)
+    weighted = [found for found in operators if found.kind in ("convolution", "linear")]
+    expected = {"residual": 6, "depthwise": 6, "concat": 8}[name]
+    assert [found.precision for found in weighted] == ["int8"] * expected
+    assert not [found for found in fallbacks(operators) if found.kind in ("convolution", "linear")]
+    assert weighted[0].name == "stem.0"
+    assert weighted[-1].name == "fc"
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", ALL_INT8)
+def test_it_computes_what_was_evaluated_also_beyond_the_calibrated_range(
+    exported: Callable[..., tuple[SavedModel, Path]], name: str, bits: int
+) -> None:
+    model, folder = exported(name, bits)
+    parity = check_parity(model.module, target.load(folder), beyond(model.shape))  # raises above 1 %
+    assert parity.agreement >= 0.95
+
+
+def test_with_inputs_and_weights_of_4_bits_no_sum_changes_its_level(
+    exported: Callable[..., tuple[SavedModel, Path]],
+) -> None:
+    """Integers all the way, so that nothing but the order of float additions in the last layer may differ."""
+    model, folder = exported("depthwise", 4, edge=4)
+    inputs = beyond(model.shape, 64) * 3
+    with torch.no_grad():
+        expected = model.module(inputs)
+    found = target.load(folder)(inputs)
+    spread = float(expected.max() - expected.min())
+    share = (found - expected).abs().amax(1) > 1e-5 * spread
+    assert float(share.double().mean()) <= 0.05  # a sum within float rounding of a border may fall to either side
+
+
+def test_the_batch_dimension_is_free(exported: Callable[..., tuple[SavedModel, Path]]) -> None:
+    model, folder = exported("residual")
+    session = target.load(folder)
+    inputs = beyond(model.shape, 7)
+    one_by_one = torch.cat([session(image) for image in inputs.split(1)])
+    assert torch.allclose(session(inputs), one_by_one, atol=1e-6)
+
+
+def test_clamps_below_8_bits_survive_as_clips_of_integers(exported: Callable[..., tuple[SavedModel, Path]]) -> None:
+    _, folder = exported("residual", 4)
+    graph = Graph.of(onnx.load(folder / target.MODEL))
+    clips = [node for node in graph.model.graph.node if node.op_type == "Clip"]
+    assert clips
+    assert {int(graph.constants[clip.input[2]].item()) for clip in clips} == {15}
+    assert all(graph.producer[clip.input[0]].op_type == "QuantizeLinear" for clip in clips)
+
+
+def test_plain_onnx_runtime_opens_the_file_and_needs_nothing_else(exported: Callable[..., tuple[SavedModel, Path]]) -> None:
+    model, folder = exported("chain")
+    data = (folder / target.MODEL).read_bytes()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    inputs = beyond(model.shape, 3)
+    (outputs,) = session.run(None, {"input": inputs.numpy()})
+    assert np.array_equal(outputs, target.load(folder)(inputs).numpy())
+    assert {domain.domain for domain in onnx.load(folder / target.MODEL).opset_import} == {""}
+    assert b".py" not in data  # no source files of whoever exported it
+
+
+def test_a_convolution_that_the_host_leaves_in_float_is_listed_with_the_reason(
+    exported: Callable[..., tuple[SavedModel, Path]],
+) -> None:
+    model, folder = exported("transposed")
+    (fallen,) = [found for found in target.operators(model.module, folder) if found.name == "up"]
+    assert fallen.fell_back
+    assert "host's quantizer leaves" in fallen.reason
+
+
+def test_the_bias_between_borders_keeps_every_sum_on_its_level() -> None:
+    generator = np.random.default_rng(0)
+    unit, sums = 128, np.arange(-300, 300)
+    bias = generator.uniform(-5000, 5000, 50)
+    borders = np.sort(generator.uniform(-20000, 20000, (1, 15)), axis=1)
+    low, high = between_borders(bias, np.repeat(borders, 50, 0), unit)
+    assert ((low < bias) & (bias < high)).all()
+    integers = np.rint((low + high) / 2)
+    kept = (low < integers) & (integers < high)
+    assert kept.mean() > 0.9
+    for real, integer in zip(bias[kept], integers[kept], strict=True):
+        exact = np.searchsorted(borders[0], unit * sums + real)
+        assert np.array_equal(exact, np.searchsorted(borders[0], unit * sums + integer))
+
+
+def test_a_missing_run_time_is_named_with_its_extra(
+    saved: SavedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"onnxruntime.*inc-clusterq\[onnx\]"):
+        target.export(saved("chain").module, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_model_or_with_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match=r"holds no model\.onnx"):
+        target.load(tmp_path)
+    (tmp_path / target.MODEL).write_bytes(b"not a model")
+    with pytest.raises(DeploymentError, match="cannot open"):
+        target.load(tmp_path)
