@@ -76,7 +76,7 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Quantize the model that CONFIG names, without data, and save what plain Neural Compressor loads."""
-    errors = _prepared(debug=debug, quiet=quiet)
+    errors = _prepared(debug=debug)
     with _reported(errors, debug=debug):
         from inc_clusterq.config import load_config
         from inc_clusterq.console import progress_on
@@ -102,7 +102,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write RESULT for another run time, and check it against the model that was evaluated."""
-    errors = _prepared(debug=debug, quiet=quiet)
+    errors = _prepared(debug=debug)
     with _reported(errors, debug=debug):
         from inc_clusterq.console import progress_on
         from inc_clusterq.deployment.export import export as run
@@ -118,7 +118,7 @@ def pack(
     debug: Debug = False,
 ) -> None:
     """Write RESULT/packed.safetensors: weights below 8 bits in as many bits as they have."""
-    errors = _prepared(debug=debug, quiet=True)
+    errors = _prepared(debug=debug)
     with _reported(errors, debug=debug):
         from inc_clusterq.deployment.packing import pack as run
 
@@ -141,7 +141,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time RESULT against the compiled float model, and print what was measured."""
-    errors = _prepared(debug=debug, quiet=quiet)
+    errors = _prepared(debug=debug)
     with _reported(errors, debug=debug):
         from inc_clusterq.console import progress_on
         from inc_clusterq.deployment.bench import bench as run
@@ -163,17 +163,17 @@ def schema(
     typer.echo(table() if markdown else json.dumps(json_schema(), indent=2), nl=not markdown)
 
 
-def _set_logs(*, debug: bool, quiet: bool) -> None:
+def _set_logs(*, debug: bool) -> None:
     """Keep the libraries' own remarks out of the progress; host and torch read these when they are imported."""
-    os.environ.setdefault("LOGLEVEL", "INFO" if debug else "ERROR" if quiet else "WARNING")
+    os.environ.setdefault("LOGLEVEL", "INFO" if debug else "ERROR")
     if not debug:
         os.environ.setdefault("TORCH_LOGS", "-all")
         warnings.simplefilter("ignore")
 
 
-def _prepared(*, debug: bool, quiet: bool) -> Console:
+def _prepared(*, debug: bool) -> Console:
     """Set the logs before anything heavy is imported; returns where progress and errors go."""
-    _set_logs(debug=debug, quiet=quiet)
+    _set_logs(debug=debug)
     return Console(stderr=True)
 
 

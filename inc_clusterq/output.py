@@ -32,6 +32,8 @@ def check_output(folder: Path, *, overwrite: bool, report: str = RESULT) -> None
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}."):
             pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"output {folder} cannot be written: {folder.parent} is not a folder") from error
     except OSError as error:
         raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
 
