@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -83,7 +84,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int 
     )
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """`stem`, then the layers of a subclass, then `fc` on the mean."""
 
     def __init__(self, channels: int) -> None:
@@ -95,8 +96,9 @@ class Classifier(nn.Module):
         result: Tensor = self.fc(self.features(functional.relu(self.stem(x))).mean((2, 3)))
         return result
 
+    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Between stem and pooling."""
 
 
 class Chain(Classifier):
