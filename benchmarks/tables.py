@@ -1,6 +1,6 @@
-"""Write the tables of docs/accuracy.md from the figures that `accuracy.py` has recorded.
+"""Write the tables of the docs and the README from the figures that `accuracy.py` and `deployment.py` have recorded.
 
-python benchmarks/tables.py            rewrite docs/accuracy.md
+python benchmarks/tables.py            rewrite docs/accuracy.md, docs/deployment.md and README.md
 python benchmarks/tables.py --check    exit with status 1 if it is not what the figures say
 """
 
@@ -19,20 +19,29 @@ SUMMARY = ("INC noise", "INC real", "ours, no data")  # columns of the README
 
 
 def main() -> None:
-    """Rewrite or check both pages."""
+    """Rewrite or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    files = sorted((ROOT / "docs" / "figures").glob("accuracy-*.json"))
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    records, deployed = _records("accuracy"), _records("deployment")
+    pages = (
+        (ROOT / "docs" / "accuracy.md", _sections(records)),
+        (ROOT / "docs" / "deployment.md", _deployment(deployed)),
+        (ROOT / "README.md", _summary(records)),
+    )
     stale = False
-    for page, body in ((ROOT / "docs" / "accuracy.md", _sections(records)), (ROOT / "README.md", _summary(records))):
+    for page, body in pages:
         before = page.read_text(encoding="utf-8")
         after = between_marks(before, body)
         stale = stale or after != before
         if not check:
             page.write_text(after, encoding="utf-8")
     sys.exit(int(check and stale))
+
+
+def _records(kind: str) -> list[dict[str, Any]]:
+    files = sorted((ROOT / "docs" / "figures").glob(f"{kind}-*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def between_marks(text: str, body: str) -> str:
@@ -53,6 +62,45 @@ def _summary(records: list[dict[str, Any]]) -> str:
                 cells = [_cell(by_column[column]) for column in SUMMARY]
                 lines.append(_row([net, width, f"{found['float']:.2f}", *cells]))
     return "\n".join([*lines, ""])
+
+
+def _deployment(records: list[dict[str, Any]]) -> str:
+    head = [
+        "network",
+        "model",
+        "ms, 1",
+        "speed",
+        "ms, 32",
+        "speed",
+        "int8",
+        "deviation",
+        "largest",
+        "same class",
+        "top 1",
+        "MB",
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for record in records:
+        for net, found in record["models"].items():
+            for model in ("float", "INC static", "evaluated", "inductor", "onnxruntime", "openvino"):
+                lines.append(_row([net if model == "float" else "", model, *_deployed(found[model], found["sizes"], model)]))
+    conditions = {(record["threads"], record["cpu"], *record["environment"].items()) for record in records}
+    for threads, cpu, *environment in sorted(conditions, key=str):
+        versions = ", ".join(f"{name} {value}" for name, value in environment)
+        lines += ["", f"{threads} thread(s), {cpu}; {versions}."]
+    return "\n".join([*lines, "", "```", *[record["command"] for record in records], "```", ""])
+
+
+def _deployed(entry: dict[str, Any], sizes: dict[str, int], model: str) -> list[str]:
+    cells = []
+    for batch in ("batch 1", "batch 32"):
+        timing = entry.get(batch)
+        cells += [f"{timing['latency']['median']:.2f}", f"{timing['speed']['median']:.2f}x"] if timing else ["-", "-"]
+    cells.append(f"{entry['operators'] - len(entry['in_float'])} of {entry['operators']}" if "operators" in entry else "-")
+    cells += [f"{entry[key]:.2%}" for key in ("rms", "largest", "agreement")] if "rms" in entry else ["-"] * 3
+    cells.append("-" if entry.get("top1") is None else f"{entry['top1']:.2f}")
+    size = {"float": sizes["float32"], "evaluated": sizes["packed"]}.get(model, entry.get("size"))
+    return [*cells, "-" if size is None else f"{size / 1e6:.2f}"]
 
 
 def _section(record: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from inc_clusterq.deployment.inductor import Parity, check_parity
 from inc_clusterq.deployment.operators import Operator, require_int8, summary
+from inc_clusterq.deployment.reference import exact_sums
 from inc_clusterq.deployment.saved import SavedModel, open_result
 from inc_clusterq.deployment.targets import target
 from inc_clusterq.environment import environment
@@ -108,7 +109,7 @@ def export(
         if strict:
             require_int8(operators, to)
         stage.advance(1, "counted")
-        parity = check_parity(saved.module, chosen.load(folder), parity_inputs(saved))
+        parity = check_parity(exact_sums(saved.module), chosen.load(folder), parity_inputs(saved))
         stage.advance(1, "checked")
         versions = {name: metadata.version(name) for name in chosen.packages}
         exported = Exported(to, output, parity, operators, sizes, environment(versions), chosen.hint)

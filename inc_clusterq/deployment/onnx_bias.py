@@ -4,7 +4,8 @@ The kernel adds an int32 bias in steps of s_x s_w to its sums, where the evaluat
 bits the nearest integer moves a value by less than their own rounding. Below 8 bits a value that crosses a border between
 two levels moves by a whole coarse step; but there the sums have gaps, since weights and inputs use few of their 256
 levels. Both are multiplied by the power of two that fits, with scales smaller by as much, and the bias is put where no sum
-changes its level, if there is such an integer.
+changes its level. The few channels without such an integer get one by a weight scale that is larger or smaller by at most
+1 %: within that, what counts is on which level each sum falls, and that stays as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from onnx import NodeProto
 from inc_clusterq.deployment.onnx_graph import STORED_MAX, Array, Graph, attribute
 
 FULL_LEVELS = 129  # fewer are below 8 bits; a ReLU6 may cut a few off the 256
+STRETCHES = (1.0, *(1 + sign * step / 5000 for step in range(1, 51) for sign in (1, -1)))  # of a weight scale
 SMALL_WEIGHT = 63  # products of 8-bit activations with weights up to here never saturate 16 bits, with or without VNNI
 
 
@@ -76,6 +78,7 @@ class IntegerBias:
 
     integers: Array  # int32, (out,)
     shift: int  # the input's integers are multiplied by 2^shift
+    weight_scale: Array  # float32, (out,)
     exact: bool  # every sum falls on the level that it has with the real bias
 
 
@@ -83,21 +86,48 @@ def integer_bias(graph: Graph, node: NodeProto, operands: Operands) -> IntegerBi
     """The nearest integers, or with outputs below 8 bits those that leave every sum on its level."""
     coarse = levels_of(graph, node) < FULL_LEVELS
     shift = _spare_bits(graph, operands.x) if coarse else 0
-    scale = scale_of_sums(operands, shift).astype(np.float64)
-    bias = operands.bias.astype(np.float64) / scale
-    low = high = bias
-    if coarse:
-        low, high = between_borders(bias, borders_of(graph, node) / scale[:, None], operands.widened << shift)
-        bias = (low + high) / 2
+    scale = sums_scale(operands.x_scale, operands.weight_scale, shift)
+    nearest = _whole(operands.bias / scale)
+    if not coarse:
+        return IntegerBias(nearest, shift, operands.weight_scale, exact=False)
+    unit = operands.widened << shift
+    borders, sums = borders_of(graph, node), _reachable(graph, operands)
+    first = np.ceil((borders / scale[:, None] - (operands.bias / scale)[:, None]) / unit)  # the lowest sum above a border
+    integers, weight_scale = nearest.copy(), operands.weight_scale.copy()
+    undecided = np.ones(len(integers), bool)
+    for stretch in STRETCHES:
+        stretched = (operands.weight_scale * np.float32(stretch)).astype(np.float32)
+        scale = sums_scale(operands.x_scale, stretched, shift)
+        low, high = between_borders(borders / scale[:, None], first, sums, unit, operands.bias / scale)
+        middle = _whole((low + high) / 2)
+        decided = undecided & (low < middle) & (middle < high)
+        integers[decided], weight_scale[decided] = middle[decided], stretched[decided]
+        undecided &= ~decided
+        if not undecided.any() or unit == 1:
+            break
+    return IntegerBias(integers, shift, weight_scale, exact=not undecided.any())
+
+
+def _whole(values: Array) -> Array:
     limit = np.iinfo(np.int32).max
-    integers = np.clip(np.rint(bias), -limit, limit).astype(np.int32)
-    return IntegerBias(integers, shift, exact=bool(((low < integers) & (integers < high)).all()))
+    return np.clip(np.rint(values), -limit, limit).astype(np.int32)
 
 
-def scale_of_sums(operands: Operands, shift: int) -> Array:
-    """What one unit of each channel's sum is worth when the input's integers are multiplied by 2^shift, shape (out,)."""
-    x_scale = np.float32(operands.x_scale) / np.float32(2**shift)
-    return (x_scale * operands.weight_scale).astype(np.float32)
+def sums_scale(x_scale: float, weight_scale: Array, shift: int) -> Array:
+    """What one unit of each channel's sum is worth when the input's integers are multiplied by 2^shift, (out,), float64."""
+    return (np.float32(x_scale) / np.float32(2**shift) * weight_scale).astype(np.float32).astype(np.float64)
+
+
+def _reachable(graph: Graph, operands: Operands) -> tuple[Array, Array]:
+    """Lowest and highest sum of each channel, in multiples of the unit, shape (out, 1) each."""
+    clip = graph.producer.get(operands.x.input[0])
+    low, high = 0, STORED_MAX
+    if clip is not None and clip.op_type == "Clip":
+        low, high = (int(graph.constants[name].item()) for name in clip.input[1:3])
+    zero = int(operands.x_zero.item())
+    weight = operands.weight.reshape(len(operands.weight), -1).astype(np.int64) // operands.widened
+    products = np.stack([weight * (low - zero), weight * (high - zero)])
+    return products.min(0).sum(1, keepdims=True), products.max(0).sum(1, keepdims=True)
 
 
 def borders_of(graph: Graph, node: NodeProto) -> Array:
@@ -111,15 +141,22 @@ def borders_of(graph: Graph, node: NodeProto) -> Array:
     return np.concatenate(borders)[None]
 
 
-def between_borders(bias: Array, borders: Array, unit: int) -> tuple[Array, Array]:
-    """The interval around `bias` (C,) in which every sum stays on its level, given all `borders` (C, L) between levels.
+def between_borders(
+    borders: Array,  # (C, L): between the levels, in units of the sums
+    first: Array,  # (C, L): the lowest sum above each border, in multiples of `unit`
+    sums: tuple[Array, Array],  # (C, 1) each: lowest and highest sum that occurs, in multiples of `unit`
+    unit: int,
+    bias: Array,  # (C,): the real one; the interval reaches at most a unit away from it
+) -> tuple[Array, Array]:
+    """The interval of biases with which every sum that occurs stays on its level, (C,) each.
 
-    Sums are multiples a of `unit`. With the border t between two levels, the lowest sum above it is
-        a_t = ceil((t - bias) / unit) unit ,
-    and any bias in [t - a_t, t - a_t + unit) keeps it there and the next lower one below.
+    With the border t between two levels and the lowest sum a above it, a + bias >= t > a - unit + bias.
     """
-    below = borders - np.ceil((borders - bias[:, None]) / unit) * unit
-    return below.max(1), (below + unit).min(1)
+    lowest, highest = sums
+    above, below = np.maximum(first, lowest), np.minimum(first - 1, highest)
+    least = np.where(first <= highest, borders - above * unit, -np.inf).max(1)
+    most = np.where(first - 1 >= lowest, borders - below * unit, np.inf).min(1)
+    return np.maximum(least, bias - unit), np.minimum(most, bias + unit)
 
 
 def _spare_bits(graph: Graph, dequantize: NodeProto) -> int:

@@ -30,7 +30,7 @@ from inc_clusterq.deployment.onnx_bias import (
     integer_bias,
     levels_of,
     operands_of,
-    scale_of_sums,
+    sums_scale,
 )
 from inc_clusterq.deployment.onnx_graph import STORED_MAX, Array, Graph, attribute
 
@@ -158,9 +158,9 @@ def _round_bias(graph: Graph, node: NodeProto, operands: Operands, bias: Integer
         zero = np.left_shift(operands.x_zero, np.uint8(bias.shift))
         names = [graph.constant(f"{node.name}.x_scale", scale), graph.constant(f"{node.name}.x_zero", zero)]
         x = graph.add("DequantizeLinear", [levels, *names], f"{node.name}.x", f"{node.name}.x_dq")
-    weight = _dequantized(graph, node, operands.weight, operands.weight_scale, axis=0, dtype=np.int8)
-    sums_scale = scale_of_sums(operands, bias.shift)
-    bias_name = _dequantized(graph, node, bias.integers, sums_scale, axis=0, dtype=np.int32)
+    weight = _dequantized(graph, node, operands.weight, bias.weight_scale, axis=0, dtype=np.int8)
+    scale_of_sums = sums_scale(operands.x_scale, bias.weight_scale, bias.shift).astype(np.float32)
+    bias_name = _dequantized(graph, node, bias.integers, scale_of_sums, axis=0, dtype=np.int32)
     rewritten = NodeProto()
     rewritten.CopyFrom(node)
     del rewritten.input[:]

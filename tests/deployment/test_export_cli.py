@@ -24,7 +24,7 @@ def result(saved: SavedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def make(name: str) -> Path:
         folder = tmp_path / "result"
-        shutil.copytree(saved(name, 4).folder, folder)
+        shutil.copytree(saved(name, 4).folder, folder, ignore=shutil.ignore_patterns("packed.safetensors"))
         return folder
 
     return make

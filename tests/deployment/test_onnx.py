@@ -36,8 +36,7 @@ def beyond(shape: tuple[int, ...], images: int = 24) -> torch.Tensor:
     return torch.randn(images, *shape, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", ALL_INT8)
+@pytest.mark.parametrize(("name", "bits"), [("residual", 4), ("depthwise", 8), ("concat", 4)])
 def test_every_convolution_and_linear_operator_runs_in_int8(
     exported: Callable[..., tuple[SavedModel, Path]], name: str, bits: int
 ) -> None:
@@ -51,8 +50,15 @@ def test_every_convolution_and_linear_operator_runs_in_int8(
     assert weighted[-1].name == "fc"
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("name", ALL_INT8)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("residual", 4),
+        ("depthwise", 2),
+        ("concat", 8),
+        *[pytest.param(name, bits, marks=pytest.mark.slow) for name in ALL_INT8 for bits in (2, 3, 4, 6, 8)],
+    ],
+)
 def test_it_computes_what_was_evaluated_also_beyond_the_calibrated_range(
     exported: Callable[..., tuple[SavedModel, Path]], name: str, bits: int
 ) -> None:
@@ -116,15 +122,24 @@ def test_the_bias_between_borders_keeps_every_sum_on_its_level() -> None:
     generator = np.random.default_rng(0)
     unit, sums = 128, np.arange(-300, 300)
     bias = generator.uniform(-5000, 5000, 50)
-    borders = np.sort(generator.uniform(-20000, 20000, (1, 15)), axis=1)
-    low, high = between_borders(bias, np.repeat(borders, 50, 0), unit)
-    assert ((low < bias) & (bias < high)).all()
+    borders = np.repeat(np.sort(generator.uniform(-20000, 20000, (1, 15)), axis=1), 50, 0)
+    first = np.ceil((borders - bias[:, None]) / unit)
+    reachable = (np.full((50, 1), -300), np.full((50, 1), 299))
+    low, high = between_borders(borders, first, reachable, unit, bias)
+    assert ((low <= bias) & (bias < high)).all()
     integers = np.rint((low + high) / 2)
     kept = (low < integers) & (integers < high)
     assert kept.mean() > 0.9
     for real, integer in zip(bias[kept], integers[kept], strict=True):
         exact = np.searchsorted(borders[0], unit * sums + real)
         assert np.array_equal(exact, np.searchsorted(borders[0], unit * sums + integer))
+
+
+def test_borders_that_no_sum_reaches_do_not_narrow_the_bias() -> None:
+    borders, first = np.array([[10.5]]), np.array([[np.ceil((10.5 - 0.25) / 8)]])
+    never = (np.array([[-1]]), np.array([[1]]))  # sums -8, 0 and 8: all below 10.5
+    low, high = between_borders(borders, first, never, 8, np.array([0.25]))
+    assert (low[0], high[0]) == (0.25 - 8, 2.5)
 
 
 def test_a_missing_run_time_is_named_with_its_extra(

@@ -40,7 +40,10 @@ def test_a_layer_that_is_called_twice_is_listed_twice(saved: SavedResult) -> Non
     assert names == ["stem.0", "a", "a (2)"]
 
 
-@pytest.mark.parametrize(("name", "bits"), [("residual", 4), ("depthwise", 8), ("concat", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("residual", 4), pytest.param("depthwise", 8, marks=pytest.mark.slow), pytest.param("concat", 4, marks=pytest.mark.slow)],
+)
 def test_inductor_computes_every_convolution_and_linear_operator_in_int8(saved: SavedResult, name: str, bits: int) -> None:
     model = saved(name, bits)
     compiled, operators = compile_and_list(model.module, torch.zeros(1, *model.shape))
