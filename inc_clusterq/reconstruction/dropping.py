@@ -2,7 +2,7 @@
 
 One is drawn for every activation of every step, and on a CPU drawing one number per element costs more than the
 convolutions. At QDrop's own probability of one half a random bit will do: 64-bit words are drawn and spread through a
-table, ten times as fast. Masks are floats and mixed by `torch.lerp`, which is exact at 0 and 1 and, unlike `torch.where`,
+table. Masks are floats and mixed by `torch.lerp`, which is exact at 0 and 1 and, unlike `torch.where`,
 vectorised on a CPU.
 """
 
