@@ -76,13 +76,14 @@ def _deployment(records: list[dict[str, Any]]) -> str:
         "deviation",
         "largest",
         "same class",
+        "same bits",
         "top 1",
         "MB",
     ]
     lines = [_row(head), _row(["---"] * len(head))]
     for record in records:
         for net, found in record["models"].items():
-            for model in ("float", "INC static", "evaluated", "inductor", "onnxruntime", "openvino"):
+            for model in ("float", "INC static", "evaluated", "eager", "inductor", "onnxruntime", "openvino"):
                 lines.append(_row([net if model == "float" else "", model, *_deployed(found[model], found["sizes"], model)]))
     conditions = {(record["threads"], record["cpu"], *record["environment"].items()) for record in records}
     for threads, cpu, *environment in sorted(conditions, key=str):
@@ -97,7 +98,7 @@ def _deployed(entry: dict[str, Any], sizes: dict[str, int], model: str) -> list[
         timing = entry.get(batch)
         cells += [f"{timing['latency']['median']:.2f}", f"{timing['speed']['median']:.2f}x"] if timing else ["-", "-"]
     cells.append(f"{entry['operators'] - len(entry['in_float'])} of {entry['operators']}" if "operators" in entry else "-")
-    cells += [f"{entry[key]:.2%}" for key in ("rms", "largest", "agreement")] if "rms" in entry else ["-"] * 3
+    cells += [f"{entry[key]:.2%}" for key in ("rms", "largest", "agreement", "identical")] if "rms" in entry else ["-"] * 4
     cells.append("-" if entry.get("top1") is None else f"{entry['top1']:.2f}")
     size = {"float": sizes["float32"], "evaluated": sizes["packed"]}.get(model, entry.get("size"))
     return [*cells, "-" if size is None else f"{size / 1e6:.2f}"]

@@ -3,6 +3,9 @@
 Without labels a model is scored by its agreement with the float model: the share of images to which both give the same
 class. It tells how much quantization has changed, not how good the float model is; on synthetic images it tends to be
 stricter than accuracy on real ones, and it cannot see a fault that synthetic images do not excite.
+
+A quantized program is scored as int8 kernels compute it (`inc_clusterq.deployment.arithmetic`): the score is the compiled
+model's own.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.tuning import Score
 
 BATCH = 64  # images per forward pass
@@ -23,7 +27,8 @@ def predictions(
     inputs: Tensor,  # shape: (N, *shape)
 ) -> Tensor:
     """Class of each input, shape (N,)."""
-    return torch.cat([model(batch).argmax(1) for batch in inputs.split(BATCH)])
+    as_deployed = kernel_arithmetic(model)
+    return torch.cat([as_deployed(batch).argmax(1) for batch in inputs.split(BATCH)])
 
 
 def accuracy(inputs: Tensor, labels: Tensor) -> Score:

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from inc_clusterq.config import Config, QuantizationConfig
 from inc_clusterq.cpu import SAFE_WEIGHT_BITS, cpu, overflows
+from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.deployment.inductor import Compiled, Latency, Parity, check_parity, compile_frozen, measure_latency
 from inc_clusterq.deployment.inductor_operators import compile_and_list
 from inc_clusterq.deployment.operators import Operator, require_int8
-from inc_clusterq.deployment.reference import exact_sums
 from inc_clusterq.environment import environment
 from inc_clusterq.errors import ConfigError, DatasetError
 from inc_clusterq.evaluation import accuracy, agreement
@@ -105,7 +105,7 @@ def _deployed(
         else:
             compiled[name] = compile_frozen(module, example)
         stage.advance(1, f"compiled {name}")
-    parity = check_parity(exact_sums(evaluated), compiled[OURS], inputs)
+    parity = check_parity(kernel_arithmetic(evaluated), compiled[OURS], inputs)
     stage.advance(1, "checked")
     latencies = measure_latency(compiled, example)
     stage.advance(1, "timed")

@@ -109,8 +109,7 @@ class Result:
                 highlight=False,
             )
         console.print(
-            f"Compiled int8 against evaluated: same class on {self.parity.agreement:.2%} of {self.parity.images} images, "
-            f"deviation {self.parity.in_range:.3%} of the output range ({self.parity.out_of_range:.3%} on inputs beyond it).",
+            f"Compiled int8 against evaluated: {self.parity}.",
             soft_wrap=True,
             highlight=False,
         )

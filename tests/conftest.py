@@ -240,6 +240,20 @@ class Tied(Classifier):
         return functional.relu(self.a(functional.relu(self.a(x))))
 
 
+class Pooled(Classifier):
+    """Max pools whose sizes round up, with and without padding, and hardswish."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b, self.c = conv(8, 8), conv(8, 8), conv(8, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.a(functional.max_pool2d(x, 3, 2, ceil_mode=True)))  # 8 to 4, where rounding down gives 3
+        x = functional.hardswish(self.b(functional.max_pool2d(x, 3, 1, 1, ceil_mode=True)))  # nothing to round
+        x = functional.relu(self.c(x))
+        return functional.max_pool2d(x, (3, 2), ceil_mode=True)  # two rows are missing
+
+
 class Transposed(Classifier):
     """Holds a convolution that the host leaves in float."""
 
@@ -261,5 +275,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "shuffle": Shuffle,
     "in_place": InPlace,
     "tied": Tied,
+    "pooled": Pooled,
     "transposed": Transposed,
 }

@@ -35,7 +35,7 @@ def result(tmp_path: Path) -> Result:
         ),
         goal=0.99,
         outcome=TuningOutcome(nn.Identity(), Reconstruction("loss", ()), 1.0, trials[1], trials),
-        parity=Parity(256, 1e-9, 2e-5, 1.0),
+        parity=Parity(256, 1e-9, 2e-5, 1.0, 1e-8, 1.0),
         config={"model": {"name": "net"}, "output": tmp_path / "out"},
         environment={"torch": "2"},
         seconds={"tuning": 1.5},

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.deployment.inductor import Parity, check_parity
 from inc_clusterq.deployment.operators import Operator, require_int8, summary
-from inc_clusterq.deployment.reference import exact_sums
 from inc_clusterq.deployment.saved import SavedModel, open_result
 from inc_clusterq.deployment.targets import target
 from inc_clusterq.environment import environment
@@ -63,8 +63,7 @@ class Exported:
         lines = [
             f"{self.target}: {summary(self.operators)}.",
             *self._in_float(),
-            f"Against the evaluated model: same class on {self.parity.agreement:.2%} of {self.parity.images} images, deviation "
-            f"{self.parity.in_range:.3%} of the output range ({self.parity.out_of_range:.3%} on inputs beyond it).",
+            f"Against the evaluated model: {self.parity}.",
             f"{sum(self.sizes.values()) / 1024:.0f} KiB in {self.output}; {self.hint}.",
         ]
         for line in lines:
@@ -109,7 +108,7 @@ def export(
         if strict:
             require_int8(operators, to)
         stage.advance(1, "counted")
-        parity = check_parity(exact_sums(saved.module), chosen.load(folder), parity_inputs(saved))
+        parity = check_parity(kernel_arithmetic(saved.module), chosen.load(folder), parity_inputs(saved))
         stage.advance(1, "checked")
         versions = {name: metadata.version(name) for name in chosen.packages}
         exported = Exported(to, output, parity, operators, sizes, environment(versions), chosen.hint)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+from inc_clusterq.deployment.shapes import record_shapes
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.graph import replace_observers
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
@@ -69,6 +70,7 @@ def convert(quantized: QuantizedGraph) -> fx.GraphModule:
     write_clamps(converted)
     drop_unused_tensors(converted)
     forget_sources(converted)
+    record_shapes(converted)
     return converted
 
 

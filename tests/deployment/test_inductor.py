@@ -59,7 +59,7 @@ def test_without_the_clamps_the_compiled_model_is_another_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed"]
+    "name", ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "pooled", "transposed"]
 )
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_structure_compiles_to_what_was_evaluated(

@@ -1,0 +1,13 @@
+"""Shapes of a converted graph's tensors: the host notes them for the nodes it exported, not for those it put in later."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+
+def record_shapes(graph_module: fx.GraphModule) -> None:
+    """Note what every node yields in `meta["val"]`, without contents; nothing where the inputs' own are unknown."""
+    inputs = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if inputs and all(isinstance(value, Tensor) for value in inputs):
+        FakeTensorProp(graph_module, mode=inputs[0].fake_mode).propagate_dont_convert_inputs(*inputs)
