@@ -27,8 +27,7 @@ from neural_compressor.torch.utils.utility import algos_mapping
 from torch import Tensor, fx, nn
 
 from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfig, refuse_foreign
-from inc_clusterq.deployment.fusion import fuse_clamps
-from inc_clusterq.deployment.pooling import write_ceil_mode
+from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import ModelError
 from inc_clusterq.progress import SILENT, Progress
@@ -173,8 +172,7 @@ def _reconstruct(
     )
     prepared.to("cpu")
     converted = convert(quantized)
-    fuse_clamps(converted)
-    write_ceil_mode(converted)
+    prepare_for_kernels(converted)
     return converted, reconstruction
 
 

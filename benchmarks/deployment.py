@@ -28,6 +28,7 @@ from typing import Any
 
 import common
 import torch
+from deployment_table import EAGER, FLOAT, HEADINGS, OURS, STATIC, rows
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.cpu import cpu
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
-from inc_clusterq.deployment.bench import FLOAT, Timing, loaders, time_in_turn
+from inc_clusterq.deployment.bench import Timing, loaders, time_in_turn
 from inc_clusterq.deployment.export import export
 from inc_clusterq.deployment.inductor import Compiled, compile_frozen, difference
 from inc_clusterq.deployment.operators import fallbacks
@@ -49,24 +50,9 @@ from inc_clusterq.result import FORMAT
 from inc_clusterq.tuning import Trial, TuningRequest
 
 RANDOM = ("resnet18", "resnet50", "mobilenet_v2")  # of torchvision
-STATIC, OURS, EAGER = "INC static", "evaluated", "eager"
 CALIBRATION, ITERATIONS = 32, 20
 PARITY_INPUTS, RANDOM_INPUTS = 1000, 100  # the evaluated model runs in eager mode, which is slow
 BATCHES = (1, 32)
-HEADINGS = (
-    "model",
-    "ms, batch 1",
-    "speed",
-    "ms, batch 32",
-    "speed",
-    "int8",
-    "deviation",
-    "largest",
-    "same class",
-    "same bits",
-    "top 1",
-    "MB",
-)
 WORKER = """
 import sys, torch
 from pathlib import Path
@@ -90,7 +76,7 @@ def main() -> None:
             title = f"{net} W{weight}A{activation}"
             with tempfile.TemporaryDirectory() as folder:
                 figures[title] = _measure(model, calibration, inputs, labels, (weight, activation), Path(folder))
-            common.print_table(title, HEADINGS, _rows(figures[title]), console)
+            common.print_table(title, HEADINGS, rows(figures[title]), console)
             common.write_json(options, {"threads": torch.get_num_threads(), "cpu": str(cpu()), "models": figures})
 
 
@@ -177,23 +163,6 @@ def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def _top1(logits: Tensor, labels: Tensor | None) -> float | None:
     return None if labels is None else 100 * float((logits.argmax(1) == labels).double().mean())
-
-
-def _rows(found: dict[str, Any]) -> list[list[str]]:
-    sizes, rows = found["sizes"], []
-    for name in (FLOAT, STATIC, OURS, EAGER, *TARGETS):
-        entry = found[name]
-        row = [name]
-        for batch in BATCHES:
-            timing = entry.get(f"batch {batch}")
-            row += [f"{timing['latency']['median']:.2f}", f"{timing['speed']['median']:.2f}x"] if timing else ["-", "-"]
-        row.append(f"{entry['operators'] - len(entry['in_float'])} of {entry['operators']}" if "operators" in entry else "-")
-        row += [f"{entry[key]:.2%}" for key in ("rms", "largest", "agreement", "identical")] if "rms" in entry else ["-"] * 4
-        row.append("-" if entry["top1"] is None else f"{entry['top1']:.2f}")
-        size = {FLOAT: sizes["float32"], OURS: sizes["packed"]}.get(name, entry.get("size"))
-        row.append("-" if size is None else f"{size / 1e6:.2f}" + (" packed" if name == OURS else ""))
-        rows.append(row)
-    return rows
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deployment_table import FLOAT, HEADINGS, rows
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- written by benchmarks/tables.py -->", "<!-- end -->"
 SUMMARY = ("INC noise", "INC real", "ours, no data")  # columns of the README
@@ -65,43 +67,16 @@ def _summary(records: list[dict[str, Any]]) -> str:
 
 
 def _deployment(records: list[dict[str, Any]]) -> str:
-    head = [
-        "network",
-        "model",
-        "ms, 1",
-        "speed",
-        "ms, 32",
-        "speed",
-        "int8",
-        "deviation",
-        "largest",
-        "same class",
-        "same bits",
-        "top 1",
-        "MB",
-    ]
+    head = ["network", *HEADINGS]
     lines = [_row(head), _row(["---"] * len(head))]
     for record in records:
         for net, found in record["models"].items():
-            for model in ("float", "INC static", "evaluated", "eager", "inductor", "onnxruntime", "openvino"):
-                lines.append(_row([net if model == "float" else "", model, *_deployed(found[model], found["sizes"], model)]))
+            lines += [_row([net if row[0] == FLOAT else "", *row]) for row in rows(found)]
     conditions = {(record["threads"], record["cpu"], *record["environment"].items()) for record in records}
     for threads, cpu, *environment in sorted(conditions, key=str):
         versions = ", ".join(f"{name} {value}" for name, value in environment)
         lines += ["", f"{threads} thread(s), {cpu}; {versions}."]
     return "\n".join([*lines, "", "```", *[record["command"] for record in records], "```", ""])
-
-
-def _deployed(entry: dict[str, Any], sizes: dict[str, int], model: str) -> list[str]:
-    cells = []
-    for batch in ("batch 1", "batch 32"):
-        timing = entry.get(batch)
-        cells += [f"{timing['latency']['median']:.2f}", f"{timing['speed']['median']:.2f}x"] if timing else ["-", "-"]
-    cells.append(f"{entry['operators'] - len(entry['in_float'])} of {entry['operators']}" if "operators" in entry else "-")
-    cells += [f"{entry[key]:.2%}" for key in ("rms", "largest", "agreement", "identical")] if "rms" in entry else ["-"] * 4
-    cells.append("-" if entry.get("top1") is None else f"{entry['top1']:.2f}")
-    size = {"float": sizes["float32"], "evaluated": sizes["packed"]}.get(model, entry.get("size"))
-    return [*cells, "-" if size is None else f"{size / 1e6:.2f}"]
 
 
 def _section(record: dict[str, Any]) -> str:

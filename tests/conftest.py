@@ -254,6 +254,18 @@ class Pooled(Classifier):
         return functional.max_pool2d(x, (3, 2), ceil_mode=True)  # two rows are missing
 
 
+class Padded(Classifier):
+    """Pads at the bottom and the right alone, as networks from TensorFlow do; once with something other than zero."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = (nn.Conv2d(8, 8, 3, 2, groups=groups) for groups in (8, 1))
+
+    def features(self, x: Tensor) -> Tensor:
+        x = functional.relu6(self.a(functional.pad(x, (0, 1, 0, 1))))
+        return functional.relu6(self.b(functional.pad(x, (0, 1, 0, 1), value=0.5)))
+
+
 class Transposed(Classifier):
     """Holds a convolution that the host leaves in float."""
 
@@ -276,5 +288,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "in_place": InPlace,
     "tied": Tied,
     "pooled": Pooled,
+    "padded": Padded,
     "transposed": Transposed,
 }

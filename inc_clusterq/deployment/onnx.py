@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from inc_clusterq.deployment.extras import require
+from inc_clusterq.deployment.fusion import clamp_before_quantize
 from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, of_kind, source_operators
 from inc_clusterq.deployment.saved import input_shape
 from inc_clusterq.errors import DeploymentError, ResultError
@@ -58,6 +60,8 @@ def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
     """
     for package in ("onnx", "onnxscript"):
         require(package, EXTRA)
+    module = deepcopy(module)
+    clamp_before_quantize(module)
     example = torch.zeros(2, *input_shape(module))
     shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
     try:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from inc_clusterq.deployment.fusion import fuse_clamps
-from inc_clusterq.deployment.pooling import write_ceil_mode
+from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.deployment.saved import HOST_CONFIG, PROGRAM, SavedModel, open_result
 from inc_clusterq.output import RESULT
@@ -52,8 +51,7 @@ def saved(
         key = f"{name}-{bits}-{edge}"
         if key not in _saved_once:
             module = convert(reconstructed(name, bits, edge))
-            fuse_clamps(module)
-            write_ceil_mode(module)
+            prepare_for_kernels(module)
             folder = tmp_path_factory.mktemp(key)
             write_result(folder, module, network(name)[1][:2])
             _saved_once[key] = open_result(folder)

@@ -14,6 +14,7 @@ from inc_clusterq.deployment.inductor import compile_frozen
 from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.evaluation import predictions
 
+STRUCTURES = ("chain", "residual", "depthwise", "grouped", "concat", "shuffle", "in_place", "tied", "pooled", "padded")
 SavedResult = Callable[..., SavedModel]
 aten = torch.ops.aten
 
@@ -80,7 +81,18 @@ def test_a_kernel_adds_the_zero_point_before_it_rounds() -> None:
         ("pooled", 8),
         *[
             pytest.param(name, bits, marks=pytest.mark.slow)
-            for name in ("chain", "residual", "depthwise", "grouped", "concat", "shuffle", "in_place", "tied", "pooled")
+            for name in (
+                "chain",
+                "residual",
+                "depthwise",
+                "grouped",
+                "concat",
+                "shuffle",
+                "in_place",
+                "tied",
+                "pooled",
+                "padded",
+            )
             for bits in (2, 4, 8)
         ],
     ],

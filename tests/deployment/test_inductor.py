@@ -9,10 +9,13 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen, measure_latency
+from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import DeploymentError
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 
+STRUCTURES = ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "pooled", "padded"]
+STRUCTURES += ["transposed"]
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 Reconstructed = Callable[..., QuantizedGraph]
 
@@ -59,7 +62,20 @@ def test_without_the_clamps_the_compiled_model_is_another_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "pooled", "transposed"]
+    "name",
+    [
+        "chain",
+        "depthwise",
+        "grouped",
+        "squeeze_excite",
+        "concat",
+        "shuffle",
+        "in_place",
+        "tied",
+        "pooled",
+        "padded",
+        "transposed",
+    ],
 )
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_structure_compiles_to_what_was_evaluated(
@@ -67,6 +83,7 @@ def test_every_structure_compiles_to_what_was_evaluated(
 ) -> None:
     _, inputs = network(name)
     converted = convert(reconstructed(name, bits))
+    prepare_for_kernels(converted)
     compiled, code = compiled_with_code(converted, inputs[:1])
     assert "torch.ops.onednn.qconv" in code
     check_parity(converted, compiled, inputs)

@@ -19,7 +19,7 @@ from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.errors import DeploymentError, MissingDependencyError, ResultError
 
 SavedResult = Callable[..., SavedModel]
-ALL_INT8 = ["residual", "depthwise", "concat", "pooled"]
+ALL_INT8 = ["residual", "depthwise", "concat", "pooled", "padded"]
 
 
 @pytest.fixture
