@@ -5,26 +5,33 @@
 2. It paints the set, every class equally often, and the samples themselves are optimised further (`refine`).
 
 One `torch.Generator`, on the CPU, gives every random number, so a seed names one result: to the bit on the same kind of
-machine, as far as the network's own operations are deterministic there.
+machine, as far as the network's own operations are deterministic there. A `Draft` that is kept on disk lets a process
+that was killed go on from the last state of the training, or the last finished batch.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.augmentation import augment
+from inc_clusterq.synthesis.batches import Batch, batch_count, make_batches
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
+from inc_clusterq.synthesis.draft import Draft
 from inc_clusterq.synthesis.generator import Generator, build_generator
 from inc_clusterq.synthesis.objective import draw_diversity, evaluate
 from inc_clusterq.synthesis.refine import random_samples, refine
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher, teach
+from inc_clusterq.synthesis.training_state import restore_training, training_state
+
+TRAINING, PAINTED = "training", "painted"  # stages of a draft
 
 
 def synthesise(
@@ -40,30 +47,74 @@ def synthesise(
     """Inputs (samples, *spec.shape), float32, normalised, inside the value range; and their labels (samples,), int64.
 
     Both lie on the CPU; the work is done where `module` lies. Any stretch of the labels is balanced to within one or two
-    per class. `module` is in use meanwhile and comes back unchanged.
+    per class. `module` is in use meanwhile and comes back unchanged. `num_classes` is 0 for a model that does not return
+    class logits: the BatchNorm statistics alone are matched, and every label is -1.
     """
+    draft = Draft()
+    synthesise_into(draft, module, spec, settings, num_classes=num_classes, samples=samples, seed=seed, progress=progress)
+    inputs, labels = zip(*draft.shards, strict=True)
+    return torch.cat(inputs), torch.cat(labels)
+
+
+def synthesise_into(
+    draft: Draft,
+    module: nn.Module,
+    spec: InputSpec,
+    settings: ClusterQSettings,
+    *,
+    num_classes: int,
+    samples: int,
+    seed: int,
+    progress: Progress = SILENT,
+) -> None:
+    """Fill `draft` with what `synthesise` returns, from wherever it stands; the outcome is the same to the bit."""
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1")
-    if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}; a classifier has at least 2")
+    if num_classes == 1 or num_classes < 0:
+        raise ValueError(f"num_classes is {num_classes}; a classifier has at least 2, and 0 means no classes")
     rng = torch.Generator().manual_seed(seed)
-    labels = balanced_labels(torch.arange(num_classes), samples, rng)
+    labels = balanced_labels(torch.arange(max(num_classes, 1)), samples, rng)
     deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with (
         torch.enable_grad(),  # a lazy loader may be read first inside somebody's `no_grad`
         deterministic,
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as teacher,
     ):
-        if settings.iterations:
-            classes = labels.unique().to(teacher.device)
-            generator = build_generator(spec, num_classes, settings.latent_size, rng, teacher.device)
-            train(generator, teacher, spec, settings, classes, rng, progress)
-            inputs = paint(generator, labels, settings, rng)
-        else:
-            inputs = random_samples(spec, samples, rng)
-        if settings.refine_iterations:
-            inputs = refine(inputs, labels, teacher, spec, settings, rng, progress)
-    return inputs, labels
+        start = start_samples(labels, teacher, spec, settings, rng, draft, progress)
+        batches = batch_count(samples, settings.refine_batch)
+        steps = settings.refine_iterations
+
+        def optimise(batch: Batch, stage: Stage) -> Tensor:
+            inputs = start[batch.rows]
+            return refine(inputs, batch, teacher, spec, settings, rng, stage) if steps else inputs
+
+        with progress.stage("Refining synthetic inputs", batches * steps) if steps else nullcontext(NO_STAGE) as stage:
+            make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)
+
+
+def start_samples(
+    labels: Tensor,
+    teacher: Teacher,
+    spec: InputSpec,
+    settings: ClusterQSettings,
+    rng: torch.Generator,
+    draft: Draft,
+    progress: Progress,
+) -> Tensor:
+    """What is refined, (N, *spec.shape): painted by a generator that is trained first, or noise."""
+    state = draft.find(PAINTED)
+    if state is not None:
+        rng.set_state(state["rng"])
+        return state["inputs"]
+    if settings.iterations:
+        classes = labels.unique().to(teacher.device)
+        generator = build_generator(spec, teacher.embedded, settings.latent_size, rng, teacher.device)
+        train(generator, teacher, spec, settings, classes, rng, progress, draft)
+        inputs = paint(generator, labels, settings, rng)
+    else:
+        inputs = random_samples(spec, len(labels), rng)
+    draft.keep(PAINTED, {"inputs": inputs, "rng": rng.get_state()})
+    return inputs
 
 
 def balanced_labels(classes: Tensor, samples: int, rng: torch.Generator) -> Tensor:
@@ -81,17 +132,23 @@ def train(
     classes: Tensor,
     rng: torch.Generator,
     progress: Progress,
+    draft: Draft,
 ) -> Centroids:
     """Train `generator` in place for `iterations` steps on `classes`; return the class centroids it arrived at."""
     first = teacher.first_aligned
     centroids = unseen(classes, teacher.references[first:])
     optimiser = torch.optim.Adam(generator.parameters(), settings.learning_rate, betas=settings.betas)
     noise: tuple[Moments, ...] = ()
+    done = 0
+    if (state := draft.find(TRAINING)) is not None:
+        centroids, done = restore_training(state, generator, optimiser, centroids, rng)
     with progress.stage("Training the generator", settings.iterations) as stage:
-        for iteration in range(settings.iterations):
-            if iteration == settings.warmup_iterations:
+        if done:
+            stage.advance(done, "resumed")
+        for iteration in range(done, settings.iterations):
+            if iteration == settings.warmup_iterations and teacher.classifies:
                 centroids = start_centroids(generator, teacher, settings, centroids, rng)
-            warm = iteration >= settings.warmup_iterations
+            warm = iteration >= settings.warmup_iterations and teacher.classifies
             if warm:
                 noise = draw_diversity(
                     rng,
@@ -110,6 +167,8 @@ def train(
             if warm:
                 centroids = moved(centroids, seen.samples[first:], labels, seen.predicted, settings.centroid_momentum)
             stage.advance(1, losses.note())
+            if draft.due:
+                draft.keep(TRAINING, training_state(generator, optimiser, centroids, iteration + 1, rng))
     return centroids
 
 
