@@ -117,6 +117,43 @@ def synthesize(
 
 
 @app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of a synthetic set.", show_default=False)],
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="The job's YAML, where the set does not name its model.", show_default=False),
+    ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(
+            "--real",
+            help="Real inputs to compare with: an .npz file with inputs and labels, or python:package.module:function; "
+            "by default evaluation.accuracy of --config.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write; by default DATASET/inspection.", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how good a synthetic set is, and write a page about it."""
+    errors = _prepared(debug=debug)
+    with _reported(errors, debug=debug):
+        from inc_clusterq.config import load_config
+        from inc_clusterq.console import progress_on
+
+        config = load_config(config_file) if config_file is not None else None
+
+        from inc_clusterq.inspection import inspect as run
+
+        progress = progress_on(errors, quiet=quiet)
+        run(dataset, config=config, real=real, output=output, overwrite=overwrite, progress=progress).print(Console())
+
+
+@app.command()
 def export(
     result: ResultFolder,
     to: Annotated[str, typer.Option("--to", help="inductor, onnxruntime or openvino.", show_default=False)],

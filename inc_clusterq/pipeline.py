@@ -31,6 +31,7 @@ from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
 from inc_clusterq.result import Result, Row
+from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthetic_set import workspace_dataset
 from inc_clusterq.tuning import Adaptor, Score, Strategy, TuningRequest
@@ -61,6 +62,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
         dataset = workspace_dataset(config, model, progress)
         calibrating = config.quantization.calibration.sampling_size
         calibration, held_out = dataset.inputs[:calibrating], dataset.inputs[calibrating:]
+        quality = measure_set(model.module, model.input, model.num_classes, dataset.inputs, dataset.labels)
     judge = _judge(model, labelled, held_out)
     batches = calibration.split(config.quantization.calibration.dataloader.batch_size)
     with _timed(seconds, "tuning"):
@@ -89,6 +91,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             seconds=seconds,
             operators=tuple(operators),
             folder=os.path.relpath(config.model.folder, config.output),
+            synthetic=quality,
         )
         result.write(folder / RESULT)
     return result

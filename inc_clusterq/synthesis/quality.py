@@ -17,18 +17,18 @@ of which at most as many as synthetic ones are taken, since extremes grow with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis.objective import distance
 from inc_clusterq.synthesis.statistics import Moments, Reference, batch_moments, capture_inputs, sample_moments
-from inc_clusterq.synthesis.teacher import Teacher
+from inc_clusterq.synthesis.teacher import Teacher, teach
 
 IMPLIED = 3.0  # deviations on either side of the mean
 NEIGHBOURS = 512  # samples at most among which nearest ones are sought: all pairs are compared
@@ -92,12 +92,22 @@ class SetQuality:
         )
 
 
+@dataclass(frozen=True)
+class Looked:
+    """A set and what it gives: every layer, and the predicted classes (N,) of a classifier."""
+
+    inputs: Tensor  # (N, *shape), normalised
+    labels: Tensor  # (N,); -1: no class
+    layers: tuple[Seen, ...]
+    predicted: Tensor | None
+
+
 @torch.no_grad()
-def look(teacher: Teacher, inputs: Iterable[Tensor]) -> tuple[list[Seen], Tensor | None]:
-    """What the batches `inputs`, each (n, *shape), give at every layer, and their predicted classes (N,)."""
+def look(teacher: Teacher, inputs: Tensor, labels: Tensor) -> Looked:
+    """Run a set through the network, batch by batch."""
     layers: list[list[Seen]] = [[] for _ in teacher.layers]
     predicted = []
-    for batch in inputs:
+    for batch in inputs.split(BATCH):
         x = batch.to(teacher.device, teacher.dtype)
         with capture_inputs(teacher.layers, partial(_seen, samples=len(x))) as captured:
             output = teacher.module(x)
@@ -105,39 +115,46 @@ def look(teacher: Teacher, inputs: Iterable[Tensor]) -> tuple[list[Seen], Tensor
             found.append(_merged(captured[layer]))
         if teacher.classifies:
             predicted.append(output.argmax(1).cpu())
-    return [_joined(found) for found in layers], torch.cat(predicted) if predicted else None
+    return Looked(inputs, labels, tuple(map(_joined, layers)), torch.cat(predicted) if predicted else None)
 
 
-def measure(
-    seen: Sequence[Seen],
-    names: Sequence[str],
-    references: Sequence[Reference],
-    labels: Tensor | None,  # (N,); None or -1: no classes
-    real: Sequence[Range] | None = None,
-) -> tuple[LayerQuality, ...]:
-    """The measures of every layer."""
-    classes = None if labels is None or int(labels.min()) < 0 else labels
-    layers = []
-    for number, (found, name, reference) in enumerate(zip(seen, names, references, strict=True)):
-        deviation = (reference.moments.variance + reference.eps).sqrt().to(found.samples.mean)
-        middle = reference.moments.mean.to(deviation)
-        implied = Range(middle - IMPLIED * deviation, middle + IMPLIED * deviation)
-        features = (found.samples.mean - middle) / deviation
-        coverage, excess = cover(found.range, implied)
-        real_coverage, real_excess = cover(found.range, real[number]) if real else (None, None)
-        layers.append(
-            LayerQuality(
-                name,
-                float(distance(batch_moments(found.samples), reference.moments, reference, "relative")),
-                coverage,
-                excess,
-                real_coverage,
-                real_excess,
-                separability(features, classes) if classes is not None else None,
-                diversity(features),
-            )
-        )
-    return tuple(layers)
+def measure(looked: Looked, teacher: Teacher, spec: InputSpec, real: Sequence[Range] | None = None) -> SetQuality:
+    """All measures of a set; `real` holds the ranges of real inputs, layer by layer."""
+    classes = None if int(looked.labels.min()) < 0 else looked.labels
+    ranges: Sequence[Range | None] = real or [None] * len(looked.layers)
+    pairs = zip(looked.layers, layer_names(teacher), teacher.references, ranges, strict=True)
+    return SetQuality(
+        len(looked.inputs),
+        None if looked.predicted is None else float((looked.predicted == looked.labels).double().mean()),
+        nearest_distance(looked.inputs, spec),
+        tuple(_layer(*pair, classes) for pair in pairs),
+    )
+
+
+def measure_set(module: nn.Module, spec: InputSpec, num_classes: int, inputs: Tensor, labels: Tensor) -> SetQuality:
+    """All measures of a set that need no real input."""
+    with teach(module, spec, num_classes=num_classes, first_aligned_layer=None) as teacher:
+        return measure(look(teacher, inputs, labels), teacher, spec)
+
+
+def _layer(seen: Seen, name: str, reference: Reference, real: Range | None, classes: Tensor | None) -> LayerQuality:
+    deviation = (reference.moments.variance + reference.eps).sqrt().to(seen.samples.mean)
+    middle = reference.moments.mean.to(deviation)
+    coverage, excess = cover(seen.range, Range(middle - IMPLIED * deviation, middle + IMPLIED * deviation))
+    real_coverage, real_excess = cover(seen.range, real) if real else (None, None)
+    features = (seen.samples.mean - middle) / deviation
+    return LayerQuality(
+        name,
+        float(
+            distance(batch_moments(seen.samples), Moments(middle, reference.moments.variance.to(middle)), reference, "relative")
+        ),
+        coverage,
+        excess,
+        real_coverage,
+        real_excess,
+        separability(features, classes) if classes is not None else None,
+        diversity(features),
+    )
 
 
 def cover(found: Range, wanted: Range) -> tuple[float, float]:
@@ -205,7 +222,7 @@ def project(features: Tensor) -> Tensor:
 
 def layer_names(teacher: Teacher) -> list[str]:
     """The modules' own names, in order of execution."""
-    names: Mapping[torch.nn.Module, str] = {module: name for name, module in teacher.module.named_modules()}
+    names: Mapping[nn.Module, str] = {module: name for name, module in teacher.module.named_modules()}
     return [names[layer] for layer in teacher.layers]
 
 

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.quality import (
-    BATCH,
     LayerQuality,
     Range,
     cover,
     diversity,
-    layer_names,
     look,
     measure,
+    measure_set,
     nearest_distance,
     project,
     separability,
@@ -83,11 +82,11 @@ def test_the_projection_keeps_what_lies_in_a_plane() -> None:
     assert project(random(4, 1)).shape == (4, 2)
 
 
-def quality(net: nn.Module, inputs: Tensor, labels: Tensor | None, real: Tensor | None = None) -> tuple[LayerQuality, ...]:
-    with teach(net, InputSpec(tuple(inputs.shape[1:])), num_classes=4, first_aligned_layer=None) as teacher:
-        seen, _ = look(teacher, inputs.split(BATCH))
-        ranges = [layer.range for layer in look(teacher, [real])[0]] if real is not None else None
-        return measure(seen, layer_names(teacher), teacher.references, labels, ranges)
+def quality(net: nn.Module, inputs: Tensor, labels: Tensor, real: Tensor | None = None) -> tuple[LayerQuality, ...]:
+    spec = InputSpec(tuple(inputs.shape[1:]))
+    with teach(net, spec, num_classes=4, first_aligned_layer=None) as teacher:
+        ranges = [layer.range for layer in look(teacher, real, labels).layers] if real is not None else None
+        return measure(look(teacher, inputs, labels), teacher, spec, ranges).layers
 
 
 def test_moments_and_ranges_are_those_of_hooks_set_by_hand(trained: nn.Sequential, real: tuple[Tensor, Tensor]) -> None:
@@ -128,7 +127,17 @@ def test_real_and_synthetic_inputs_are_both_far_better_than_noise(
 
 
 def test_a_set_without_classes_has_no_separability(trained: nn.Module, real: tuple[Tensor, Tensor]) -> None:
-    for labels in (None, torch.full((200,), -1)):
-        layers = quality(trained, real[0], labels)
-        assert all(layer.separability is None and layer.real_coverage is None for layer in layers)
-        assert all(math.isfinite(layer.diversity) for layer in layers)
+    layers = quality(trained, real[0], torch.full((200,), -1))
+    assert all(layer.separability is None and layer.real_coverage is None for layer in layers)
+    assert all(math.isfinite(layer.diversity) for layer in layers)
+
+
+def test_the_whole_set_is_summed_up_in_one_sentence(trained: nn.Module, real: tuple[Tensor, Tensor], spec: InputSpec) -> None:
+    found = measure_set(trained, spec, 4, *real)
+    assert found.samples == 200
+    assert found.recognised is not None
+    assert found.recognised > 0.95
+    assert found.mean("diversity") == pytest.approx(sum(layer.diversity for layer in found.layers) / 3)
+    assert found.mean("real_coverage") is None
+    assert "mean of 3 layers" in found.sentence()
+    assert measure_set(trained, spec, 0, *real).recognised is None
