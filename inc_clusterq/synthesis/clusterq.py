@@ -24,6 +24,7 @@ from inc_clusterq.synthesis.batches import Batch, batch_count, make_batches
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
 from inc_clusterq.synthesis.draft import Draft
 from inc_clusterq.synthesis.generator import Generator, build_generator
+from inc_clusterq.synthesis.latent import solve
 from inc_clusterq.synthesis.objective import draw_diversity, evaluate
 from inc_clusterq.synthesis.refine import random_samples, refine
 from inc_clusterq.synthesis.settings import ClusterQSettings
@@ -80,15 +81,21 @@ def synthesise_into(
         deterministic,
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as teacher,
     ):
-        start = start_samples(labels, teacher, spec, settings, rng, draft, progress)
-        batches = batch_count(samples, settings.refine_batch)
-        steps = settings.refine_iterations
+        batches, steps = batch_count(samples, settings.refine_batch), settings.refine_iterations
+        if settings.synthesizer == "latent":
+            title = "Optimising latents"
 
-        def optimise(batch: Batch, stage: Stage) -> Tensor:
-            inputs = start[batch.rows]
-            return refine(inputs, batch, teacher, spec, settings, rng, stage) if steps else inputs
+            def optimise(batch: Batch, stage: Stage) -> Tensor:
+                return solve(batch, teacher, spec, settings, rng, stage)
+        else:
+            title = "Refining synthetic inputs"
+            start = start_samples(labels, teacher, spec, settings, rng, draft, progress)
 
-        with progress.stage("Refining synthetic inputs", batches * steps) if steps else nullcontext(NO_STAGE) as stage:
+            def optimise(batch: Batch, stage: Stage) -> Tensor:
+                inputs = start[batch.rows]
+                return refine(inputs, batch, teacher, spec, settings, rng, stage) if steps else inputs
+
+        with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
             make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)
 
 
@@ -137,7 +144,7 @@ def train(
     """Train `generator` in place for `iterations` steps on `classes`; return the class centroids it arrived at."""
     first = teacher.first_aligned
     centroids = unseen(classes, teacher.references[first:])
-    optimiser = torch.optim.Adam(generator.parameters(), settings.learning_rate, betas=settings.betas)
+    optimiser = torch.optim.Adam(generator.parameters(), settings.generator_rate, betas=settings.betas)
     noise: tuple[Moments, ...] = ()
     done = 0
     if (state := draft.find(TRAINING)) is not None:
