@@ -12,6 +12,7 @@ that was killed go on from the last state of the training, or the last finished 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -32,7 +33,7 @@ from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher, teach
 from inc_clusterq.synthesis.training_state import restore_training, training_state
 
-TRAINING, PAINTED = "training", "painted"  # stages of a draft
+TRAINING = "training"  # stage of a draft
 
 
 def synthesise(
@@ -92,7 +93,7 @@ def synthesise_into(
             start = start_samples(labels, teacher, spec, settings, rng, draft, progress)
 
             def optimise(batch: Batch, stage: Stage) -> Tensor:
-                inputs = start[batch.rows]
+                inputs = start(batch.rows)
                 return refine(inputs, batch, teacher, spec, settings, rng, stage) if steps else inputs
 
         with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
@@ -107,21 +108,16 @@ def start_samples(
     rng: torch.Generator,
     draft: Draft,
     progress: Progress,
-) -> Tensor:
-    """What is refined, (N, *spec.shape): painted by a generator that is trained first, or noise."""
-    state = draft.find(PAINTED)
-    if state is not None:
-        rng.set_state(state["rng"])
-        return state["inputs"]
-    if settings.iterations:
-        classes = labels.unique().to(teacher.device)
-        generator = build_generator(spec, teacher.embedded, settings.latent_size, rng, teacher.device)
-        train(generator, teacher, spec, settings, classes, rng, progress, draft)
-        inputs = paint(generator, labels, settings, rng)
-    else:
-        inputs = random_samples(spec, len(labels), rng)
-    draft.keep(PAINTED, {"inputs": inputs, "rng": rng.get_state()})
-    return inputs
+) -> Callable[[slice], Tensor]:
+    """What is refined, some rows at a time: painted by a generator that is trained first, or noise."""
+    if not settings.iterations:
+        noise = random_samples(spec, len(labels), rng)
+        return lambda rows: noise[rows]
+    classes = labels.unique().to(teacher.device)
+    generator = build_generator(spec, teacher.embedded, settings.latent_size, rng, teacher.device)
+    train(generator, teacher, spec, settings, classes, rng, progress, draft)
+    latents = torch.cat([_latents(len(part), settings, rng, teacher.device) for part in labels.split(settings.batch_size)])
+    return lambda rows: paint(generator, latents[rows], labels[rows].to(teacher.device), settings.batch_size)
 
 
 def balanced_labels(classes: Tensor, samples: int, rng: torch.Generator) -> Tensor:
@@ -174,7 +170,7 @@ def train(
             if warm:
                 centroids = moved(centroids, seen.samples[first:], labels, seen.predicted, settings.centroid_momentum)
             stage.advance(1, losses.note())
-            if draft.due:
+            if draft.due or iteration + 1 == settings.iterations:
                 draft.keep(TRAINING, training_state(generator, optimiser, centroids, iteration + 1, rng))
     return centroids
 
@@ -185,7 +181,10 @@ def start_centroids(
 ) -> Centroids:
     """Centroids from `centroid_samples` generated samples of each class."""
     labels = centroids.classes.repeat_interleave(settings.centroid_samples)
-    seen = [teacher.observe(_paint_batch(generator, part, settings, rng)) for part in labels.split(settings.batch_size)]
+    seen = []
+    for part in labels.split(settings.batch_size):
+        z = _latents(len(part), settings, rng, teacher.device)
+        seen.append(teacher.observe(paint(generator, z, part, settings.batch_size)))
     samples = [
         Moments(torch.cat([m.mean for m in layer]), torch.cat([m.variance for m in layer]))
         for layer in zip(*(s.samples[teacher.first_aligned :] for s in seen), strict=True)
@@ -195,17 +194,11 @@ def start_centroids(
 
 
 @torch.no_grad()
-def paint(generator: Generator, labels: Tensor, settings: ClusterQSettings, rng: torch.Generator) -> Tensor:
-    """One generated sample per label, shape (N, *spec.shape), on the CPU."""
-    device = generator.embedding.weight.device
-    parts = labels.to(device).split(settings.batch_size)
-    return torch.cat([_paint_batch(generator, part, settings, rng).cpu() for part in parts])
-
-
-def _paint_batch(generator: Generator, labels: Tensor, settings: ClusterQSettings, rng: torch.Generator) -> Tensor:
+def paint(generator: Generator, latents: Tensor, labels: Tensor, most: int) -> Tensor:
+    """One generated sample per latent, shape (N, *spec.shape), at `most` at once."""
     # Running statistics instead of the batch's own: a sample must not depend on its neighbours, nor a last one fail alone.
     generator.eval()
-    x: Tensor = generator(_latents(len(labels), settings, rng, labels.device), labels)
+    x = torch.cat([generator(z, y) for z, y in zip(latents.split(most), labels.split(most), strict=True)])
     generator.train()
     return x
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def test_what_was_begun_is_not_continued_where_it_is_damaged(
 
 
 JOB = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
 from contextlib import contextmanager
 from pathlib import Path
 from inc_clusterq.inputs import InputSpec
@@ -214,18 +215,21 @@ from inc_clusterq.synthesis.store import cached_dataset
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
 settings = ClusterQSettings(iterations=6, warmup_iterations=2, batch_size=4, refine_iterations=3, refine_batch=2)
-cache, last = Path(sys.argv[1]), int(sys.argv[2])
+cache, last, dies = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "dies"
 draft.SAVE_SECONDS = 0
 
 class Watch:
     single = 0  # steps that were made here, and not taken over
     @contextmanager
     def stage(self, title, total):
+        (cache.parent / title.split()[0]).touch()
         yield self
     def advance(self, steps=1, note=""):
         self.single += note not in ("", "resumed")
-        if self.single == last:
+        if self.single == last and dies:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.single == last:
+            time.sleep(60)
 
 watch = Watch()
 made = cached_dataset(cache, net, "net", InputSpec((3,)), settings, 4, 7, 0, progress=watch)
@@ -233,12 +237,27 @@ print(watch.single, *(shard["sha256"] for shard in made.manifest["shards"]))
 """
 
 
+def start_job(root: Path, cache: Path, last: int, then: str = "dies") -> subprocess.Popen[str]:
+    """A process that makes a set, and at its step `last` dies or sleeps."""
+    command = [sys.executable, "-c", JOB, str(cache), str(last), then]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def run_job(root: Path, cache: Path, last: int) -> tuple[int, list[str]]:
-    command = [sys.executable, "-c", JOB, str(cache), str(last)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout.split()
+    process = start_job(root, cache, last)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output.split()
 
 
+def wait_for(file: Path) -> None:
+    for _ in range(6000):
+        if file.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{file} has not appeared")
+
+
+@pytest.mark.slow
 def test_a_process_killed_anywhere_is_continued_to_the_same_bits(tmp_path: Path, root: Path) -> None:
     # 6 steps of the generator, then 4 batches of 3; the step in which a process dies is lost, and the batch it belongs to
     status, (steps, *wanted) = run_job(root, tmp_path / "whole", -1)
@@ -250,6 +269,25 @@ def test_a_process_killed_anywhere_is_continued_to_the_same_bits(tmp_path: Path,
         status, (steps, *found) = run_job(root, cache, -1)
         assert (status, int(steps), found) == (0, left, wanted)
         assert len(os.listdir(cache)) == 1
+
+
+def test_who_waits_for_a_process_that_is_killed_takes_over_its_work(tmp_path: Path, root: Path) -> None:
+    _, (_, *wanted) = run_job(root, tmp_path / "whole", -1)
+    (tmp_path / "shared").mkdir()
+    cache = tmp_path / "shared" / "cache"
+    first = start_job(root, cache, 14, "sleeps")
+    wait_for(cache.parent / "Refining")
+    second = start_job(root, cache, -1)
+    wait_for(cache.parent / "Waiting")
+    assert second.poll() is None
+    first.kill()
+    first.communicate(timeout=60)
+    output, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    steps, *found = output.split()
+    assert found == wanted
+    assert int(steps) < 18
+    assert len(os.listdir(cache)) == 1
 
 
 RACE = """
