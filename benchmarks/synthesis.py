@@ -96,7 +96,10 @@ def _measure(net: str, subject: common.Subject, options: common.Options, console
         return common.top1(model, subject.test_inputs, subject.test_labels)
 
     widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
-    sources = [source for source in options.sources if source != "real" or subject.training is not None]
+    real = 0 if subject.training is None else len(subject.training)
+    sources = [source for source in options.sources if source != "real" or real >= options.images]
+    if sources != list(options.sources):
+        console.print(f"  real is left out: {real} training images for {options.images}", highlight=False)
     found: dict[str, dict[str, Any]] = {
         source: {"top1": {column: [] for column in ("INC W8A8", *widths)}, "seconds": [], "peak_mb": [], "quality": []}
         for source in sources
@@ -128,7 +131,7 @@ def _images(source: str, net: str, subject: common.Subject, options: common.Opti
     if source == "real":
         assert subject.training is not None
         chosen = torch.randperm(len(subject.training), generator=generator)[: options.images]
-        return Made(subject.training[chosen], nothing[: len(chosen)])
+        return Made(subject.training[chosen], nothing)
     preset = ClusterQSettings.PRESETS[options.preset]
     settings = ClusterQSettings.model_validate({**preset, **SYNTHETIC[source]})
     with tempfile.TemporaryDirectory() as folder, _alone() as process:

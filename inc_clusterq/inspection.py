@@ -110,8 +110,8 @@ def inspect(
     check_output(output, overwrite=overwrite, report=REPORT)
     model_config = config.model if config is not None else _named_model(dataset, opened)
     model = load_model(model_config, any_output=True)
-    request = opened.manifest["request"]
-    if model.fingerprint != request["fingerprint"]:
+    request = opened.manifest.get("request", {})
+    if model.fingerprint != request.get("fingerprint"):
         raise DatasetError(f"{dataset} was made for another model than {model_config.architecture}; name its YAML by --config")
     if real is None and config is not None and config.evaluation.accuracy is not None:
         real = config.evaluation.accuracy.dataset

@@ -15,6 +15,8 @@ from typer.testing import CliRunner, Result
 
 from inc_clusterq.cli import app
 from inc_clusterq.report.figures import first_of_each_class, picture
+from inc_clusterq.synthesis.dataset import SyntheticDataset, load_dataset
+from inc_clusterq.synthesis.store import save_dataset
 
 NETS = """
     import torch
@@ -129,9 +131,6 @@ def test_a_set_without_classes_is_inspected_too(bench: Bench) -> None:
 
 
 def without_source(folder: Path) -> None:
-    from inc_clusterq.synthesis.dataset import load_dataset
-    from inc_clusterq.synthesis.store import save_dataset
-
     dataset = load_dataset(folder)
     del dataset.manifest["source"]
     save_dataset(folder.with_name("anonymous"), dataset)
@@ -143,6 +142,13 @@ def test_a_set_that_names_no_model_asks_for_the_yaml(bench: Bench) -> None:
     assert done.exit_code == 2
     assert "name the job's YAML by --config" in done.stderr
     assert bench.run("inspect", "anonymous", "--config", "job.yaml").exit_code == 0
+
+
+def test_a_set_made_by_hand_is_not_taken_for_one_of_this_model(bench: Bench) -> None:
+    save_dataset(bench.folder / "hand", SyntheticDataset(((torch.zeros(4, 1, 8, 8), torch.arange(4)),), {}))
+    done = bench.run("inspect", "hand", "--config", "job.yaml")
+    assert done.exit_code == 2
+    assert "was made for another model" in done.stderr
 
 
 @pytest.mark.parametrize(

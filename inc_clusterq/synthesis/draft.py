@@ -65,7 +65,7 @@ class FolderDraft(Draft):
         self._states: dict[str, State] = {}
         try:
             self._open()
-        except (OSError, ValueError, KeyError, SafetensorError) as failure:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as failure:
             logging.getLogger(__name__).warning("%s cannot be used (%s); the set is begun anew", folder, failure)
             shutil.rmtree(folder, ignore_errors=True)
             self.shards, self.checksums, self._states = [], [], {}

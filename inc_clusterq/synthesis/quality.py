@@ -138,16 +138,15 @@ def measure_set(module: nn.Module, spec: InputSpec, num_classes: int, inputs: Te
 
 
 def _layer(seen: Seen, name: str, reference: Reference, real: Range | None, classes: Tensor | None) -> LayerQuality:
-    deviation = (reference.moments.variance + reference.eps).sqrt().to(seen.samples.mean)
-    middle = reference.moments.mean.to(deviation)
+    middle, variance = (moment.to(seen.samples.mean) for moment in (reference.moments.mean, reference.moments.variance))
+    deviation = (variance + reference.eps).sqrt()
+    running = Reference(Moments(middle, variance), reference.eps)
     coverage, excess = cover(seen.range, Range(middle - IMPLIED * deviation, middle + IMPLIED * deviation))
     real_coverage, real_excess = cover(seen.range, real) if real else (None, None)
     features = (seen.samples.mean - middle) / deviation
     return LayerQuality(
         name,
-        float(
-            distance(batch_moments(seen.samples), Moments(middle, reference.moments.variance.to(middle)), reference, "relative")
-        ),
+        float(distance(batch_moments(seen.samples), running.moments, running, "relative")),
         coverage,
         excess,
         real_coverage,
