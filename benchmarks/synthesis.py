@@ -9,8 +9,8 @@ Sources:
   real                training images, where the data folder has any
   clusterq-TERM       the default without one of its parts: an ablation, on demand by --sources
 Every source gives the same number of images, and everything downstream is equal: Neural Compressor's own static quantization
-(INC W8A8) and ours at each width. Synthesis runs in a process of its own, whose wall time and peak memory (model and torch
-included) are recorded. Test images give the figures and nothing else.
+(INC W8A8) and ours at each width. Synthesis runs in a process of its own, whose wall time and peak memory are recorded, and
+what of that memory model, torch and host took before it began. Test images give the figures and nothing else.
 
     python benchmarks/synthesis.py --data DIR --nets resnet20 --widths W4A8,W4A4 --json docs/figures/synthesis-NAME.json
 """
@@ -54,6 +54,7 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
 """What each source changes of the preset."""
 
 DEFAULT = "noise,statistics,clusterq,latent,latent+alignment,real"
+COSTS = ("seconds", "peak_mb", "start_mb")
 MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "diversity")
 
 
@@ -65,6 +66,7 @@ class Made:
     labels: Tensor
     seconds: float | None = None
     peak_mb: float | None = None
+    start_mb: float | None = None
 
 
 def main() -> None:
@@ -101,15 +103,15 @@ def _measure(net: str, subject: common.Subject, options: common.Options, console
     if sources != list(options.sources):
         console.print(f"  real is left out: {real} training images for {options.images}", highlight=False)
     found: dict[str, dict[str, Any]] = {
-        source: {"top1": {column: [] for column in ("INC W8A8", *widths)}, "seconds": [], "peak_mb": [], "quality": []}
+        source: {"top1": {column: [] for column in ("INC W8A8", *widths)}} | {key: [] for key in (*COSTS, "quality")}
         for source in sources
     }
     for seed in options.seeds:
         for source in sources:
             made, entry = _images(source, net, subject, options, seed), found[source]
             if made.seconds is not None:
-                entry["seconds"].append(made.seconds)
-                entry["peak_mb"].append(made.peak_mb)
+                for cost in COSTS:
+                    entry[cost].append(getattr(made, cost))
             entry["quality"].append(_quality(subject, made))
             entry["top1"]["INC W8A8"].append(score(adaptor.quantize_static(exported, made.inputs.split(common.BATCH))))
             for (weight, activation), width in zip(options.widths, widths, strict=True):
@@ -139,9 +141,9 @@ def _images(source: str, net: str, subject: common.Subject, options: common.Opti
         job = process.submit(
             _synthesise, options.data, net, subject.model.input, subject.model.num_classes, settings, options.images, seed, file
         )
-        seconds, peak = job.result()
+        costs = job.result()
         made = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    return Made(made["inputs"], made["labels"], seconds, peak)
+    return Made(made["inputs"], made["labels"], *costs)
 
 
 def _alone() -> ProcessPoolExecutor:
@@ -151,16 +153,20 @@ def _alone() -> ProcessPoolExecutor:
 
 def _synthesise(
     data: Path, net: str, spec: InputSpec, num_classes: int, settings: ClusterQSettings, images: int, seed: int, file: Path
-) -> tuple[float, float]:
-    """Write the set to `file`; returns wall seconds, and the highest memory of this process in MB."""
+) -> tuple[float, float, float]:
+    """Write the set to `file`; returns wall seconds, and the memory of this process in MB: the highest, and at first."""
     module = common.load_module(data).model(net)[0].float().eval().requires_grad_(False)
-    began = time.perf_counter()
+    start, began = _memory("VmRSS"), time.perf_counter()
     inputs, labels = synthesise(module, spec, settings, num_classes=num_classes, samples=images, seed=seed)
     seconds = time.perf_counter() - began
     save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, file)
-    # VmHWM, since ru_maxrss counts what the parent used before this process began
+    return seconds, _memory("VmHWM"), start
+
+
+def _memory(key: str) -> float:
+    """MB of this process; its `ru_maxrss` would count what the parent used before it began."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return seconds, int(status["VmHWM"].split()[0]) / 1024
+    return int(status[key].split()[0]) / 1024
 
 
 def _quality(subject: common.Subject, made: Made) -> dict[str, float | None]:
