@@ -50,7 +50,7 @@ def load_model(config: ModelConfig, *, any_output: bool = False) -> FloatModel:
     spec = config.input.spec()
     output = read_output(module, spec)
     if output.problem and not any_output:
-        raise ModelError(output.problem)
+        raise ModelError(f"{output.problem}; {output.remedy}")
     return FloatModel(name.rpartition(":")[2], module, spec, output.num_classes, fingerprint(module), output.problem)
 
 
@@ -65,17 +65,18 @@ def fingerprint(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """What a model returns: logits of so many classes, or 0 and why not."""
+    """What a model returns: logits of so many classes, or 0, what comes in their place, and what it should be."""
 
     num_classes: int
     problem: str = ""
+    remedy: str = ""
 
 
 def check_logits(module: nn.Module, spec: InputSpec) -> int:
     """Run a batch of two and return the number of classes; ModelError if they are not (N, classes) logits."""
     output = read_output(module, spec)
     if output.problem:
-        raise ModelError(output.problem)
+        raise ModelError(f"{output.problem}; {output.remedy}")
     return output.num_classes
 
 
@@ -94,12 +95,14 @@ def read_output(module: nn.Module, spec: InputSpec) -> Output:
             f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         ) from failure
     if not isinstance(output, Tensor):
-        return Output(0, f"the model returns {type(output).__name__}; it must return one tensor of class logits, (N, classes)")
+        return Output(
+            0, f"the model returns {type(output).__name__}", "it must return one tensor of class logits, (N, classes)"
+        )
     if output.dim() != 2 or output.shape[0] != 2 or output.shape[1] < 2 or not output.is_floating_point():
         hint = "; flatten it in the model" if output.dim() > 2 and output.shape[2:].numel() == 1 else ""
         return Output(
             0,
-            f"the model returns {output.dtype} of shape {tuple(output.shape)} for 2 samples; "
+            f"the model returns {output.dtype} of shape {tuple(output.shape)} for 2 samples",
             f"it must return class logits, floats of shape (2, classes) with at least 2 classes{hint}",
         )
     if not bool(output.isfinite().all()):

@@ -36,7 +36,7 @@ class Synthesized:
             + f"; {len(self.dataset.shards)} shard(s)."
         ]
         if self.problem:
-            lines.append(f"Matched to the BatchNorm statistics alone, labels are -1: {self.problem}.")
+            lines.append(f"Matched to the BatchNorm statistics alone, labels are -1: {self.problem}, not class logits.")
         lines.append(f"{'Found' if self.found else 'Saved'} in {self.folder}")
         for line in lines:
             console.print(line, soft_wrap=True, highlight=False, markup=False)

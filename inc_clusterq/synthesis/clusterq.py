@@ -4,6 +4,8 @@
    those of the training data; after a warm-up their class features are drawn to per-class centroids (`centroids`).
 2. It paints the set, every class equally often, and the samples themselves are optimised further (`refine`).
 
+With `synthesizer: latent` each batch is made by a generator of its own instead (`latent`).
+
 One `torch.Generator`, on the CPU, gives every random number, so a seed names one result: to the bit on the same kind of
 machine, as far as the network's own operations are deterministic there. A `Draft` that is kept on disk lets a process
 that was killed go on from the last state of the training, or the last finished batch.

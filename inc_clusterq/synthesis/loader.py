@@ -66,7 +66,9 @@ class ClusterQDataLoader:
         batch_norms(model)
         output = read_output(model, input)
         if output.problem:
-            logger.warning("%s. The set is synthesised by BatchNorm statistics alone, and every label is -1", output.problem)
+            logger.warning(
+                "%s, not class logits: the set is matched to the BatchNorm statistics alone, and labels are -1", output.problem
+            )
         self.num_classes = output.num_classes
         self.model = model
         self.input = input

@@ -106,12 +106,12 @@ def cached_dataset(
     """The set for this request out of `cache_dir`, synthesised first if it is not there. Processes may race."""
     request = describe(fingerprint, spec, settings, num_classes=num_classes, samples=samples, seed=seed)
     folder = cached_folder(cache_dir, request)
+    partial = folder.with_name(f".{folder.name}.partial")
     if not folder.exists():
         # Before the work, not after it: an unwritable cache must not cost minutes.
         _make_folder(folder.parent)
         with _alone(folder, progress):
             if not folder.exists():  # another process was faster
-                partial = folder.with_name(f".{folder.name}.partial")
                 with _written(folder):
                     draft = FolderDraft(partial)
                     synthesise_into(
@@ -120,7 +120,7 @@ def cached_dataset(
                     about = {**_about(request), **(source.seen_from(folder) if source else {})}
                     write_manifest(draft.set, tuple(draft.shards), draft.checksums, about)
                     draft.set.rename(folder)
-                shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # here, where also goes what a kill after the renaming left
     dataset = load_dataset(folder)
     if dataset.manifest.get("request") != request:
         raise DatasetError(f"{folder / MANIFEST} describes another request than its folder's name; delete {folder}")

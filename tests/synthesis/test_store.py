@@ -161,6 +161,14 @@ def test_a_cached_set_is_made_once(tmp_path: Path, request_of: dict[str, Any], m
         cached_dataset(tmp_path / "cache", **{**request_of, "seed": 1})
 
 
+def test_what_a_kill_after_the_renaming_left_is_removed(tmp_path: Path, request_of: dict[str, Any]) -> None:
+    cached_dataset(tmp_path, **request_of)
+    (folder,) = tmp_path.iterdir()
+    FolderDraft(tmp_path / f".{folder.name}.partial").keep("training", {"done": torch.tensor(6)})
+    cached_dataset(tmp_path, **request_of)
+    assert os.listdir(tmp_path) == [folder.name]
+
+
 def test_a_set_under_the_wrong_name_is_refused(tmp_path: Path, request_of: dict[str, Any]) -> None:
     cached_dataset(tmp_path, **request_of)
     (folder,) = tmp_path.iterdir()
