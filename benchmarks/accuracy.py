@@ -19,16 +19,11 @@ from typing import Any
 import common
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
-from inc_clusterq.tuning import Trial, TuningRequest
 
-IMAGES = 256
-BATCH = 32  # images per calibration call, the default of the YAML
 COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
 
 
@@ -36,7 +31,7 @@ def main() -> None:
     """Run every network, width and seed."""
     options = common.parse(__doc__, "resnet20,mobilenet_v1_025,mcunet_320kb")
     console = Console(width=140)
-    common.print_head(f"Accuracy with {IMAGES} calibration images", options, console)
+    common.print_head(f"Accuracy with {common.IMAGES} calibration images", options, console)
     figures: dict[str, Any] = {}
     for net in options.nets:
         subject = common.subject(options, net)
@@ -48,7 +43,7 @@ def main() -> None:
         ]
         title = f"{net}, float {figures[net]['float']:.2f}"
         common.print_table(title, ("width", *COLUMNS), rows, console)
-        common.write_json(options, {"images": IMAGES, "top1": figures})
+        common.write_json(options, {"images": common.IMAGES, "top1": figures})
 
 
 def _measure(subject: common.Subject, options: common.Options, console: Console) -> dict[str, Any]:
@@ -68,7 +63,7 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
             subject.model.input,
             ClusterQSettings.model_validate(ClusterQSettings.PRESETS[options.preset]),
             num_classes=subject.model.num_classes,
-            samples=IMAGES,
+            samples=common.IMAGES,
             seed=seed,
         )
         seconds.append(time.perf_counter() - began)
@@ -76,18 +71,20 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
         noise = torch.randn(synthetic.shape, generator=generator)
         real = None
         if subject.training is not None:
-            real = subject.training[torch.randperm(len(subject.training), generator=generator)[:IMAGES]]
+            real = subject.training[torch.randperm(len(subject.training), generator=generator)[: common.IMAGES]]
         for (weight, activation), width in zip(options.widths, widths, strict=True):
             found = top1[width]
             if (weight, activation) == (8, 8):
-                found["INC noise"].append(score(adaptor.quantize_static(exported, noise.split(BATCH))))
+                found["INC noise"].append(score(adaptor.quantize_static(exported, noise.split(common.BATCH))))
                 if real is not None:
-                    found["INC real"].append(score(adaptor.quantize_static(exported, real.split(BATCH))))
+                    found["INC real"].append(score(adaptor.quantize_static(exported, real.split(common.BATCH))))
             if real is not None:
-                found["nearest, real"].append(score(_ours(exported, real, weight, activation, seed, options, iterations=0)))
-                found["ours, real"].append(score(_ours(exported, real, weight, activation, seed, options)))
+                found["nearest, real"].append(
+                    score(common.reconstructed(exported, real, weight, activation, seed, options, iterations=0))
+                )
+                found["ours, real"].append(score(common.reconstructed(exported, real, weight, activation, seed, options)))
             began = time.perf_counter()
-            found["ours, no data"].append(score(_ours(exported, synthetic, weight, activation, seed, options)))
+            found["ours, no data"].append(score(common.reconstructed(exported, synthetic, weight, activation, seed, options)))
             spent = time.perf_counter() - began
             last = {column: round(values[-1], 2) for column, values in found.items() if values}
             console.print(f"  seed {seed} {width}: {last}; synthesis {seconds[-1]:.0f} s, reconstruction {spent:.0f} s")
@@ -97,26 +94,6 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
         "top1": top1,
         "synthesis_seconds": seconds,
     }
-
-
-def _ours(
-    exported: torch.nn.Module,
-    images: Tensor,
-    weight: int,
-    activation: int,
-    seed: int,
-    options: common.Options,
-    **keys: Any,
-) -> torch.nn.Module:
-    """One trial, so that nothing is selected: ModCap granularity at the preset's effort."""
-    preset = ReconstructionSettings.PRESETS[options.preset]
-    settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
-    request = TuningRequest(weight, activation, settings, max_trials=1, seed=seed)
-    return (
-        NeuralCompressorAdaptor()
-        .tune(exported, images.split(BATCH), [Trial("modcap", settings)], request, score=lambda model: 1.0, workspace=None)
-        .model
-    )
 
 
 if __name__ == "__main__":

@@ -27,9 +27,15 @@ from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits, fingerprint
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.tuning import Trial, TuningRequest
 
 TRAINING_IMAGES = {"cifar": "train_first2048", "imagenet": "train500"}
 TEST_IMAGES = {"cifar": "test_first5000", "imagenet": "val1300"}
+
+
+IMAGES = 256  # that calibrate
+BATCH = 32  # images per calibration call, the default of the YAML
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Options:
     limit: int | None
     preset: str
     json: Path | None
+    images: int = IMAGES
+    sources: tuple[str, ...] = ()  # of the calibration images, where a script compares them
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,18 @@ class Subject:
     splits: str
 
 
-def parse(description: str | None, nets: str, widths: str = "W8A8,W4A8", seeds: str = "0,1,2") -> Options:
-    """Read the command line; exits with status 2 and a sentence where it is wrong."""
+def parse(
+    description: str | None,
+    nets: str,
+    widths: str = "W8A8,W4A8",
+    seeds: str = "0,1,2",
+    sources: str = "",
+    known: Sequence[str] = (),
+) -> Options:
+    """Read the command line; exits with status 2 and a sentence where it is wrong.
+
+    A script that compares sources of images names the default ones in `sources` and all of them in `known`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("INCQ_DATA"), help="data folder (or INCQ_DATA)")
     parser.add_argument("--nets", default=nets, help=f"networks, separated by commas (default {nets})")
@@ -66,6 +84,9 @@ def parse(description: str | None, nets: str, widths: str = "W8A8,W4A8", seeds: 
     parser.add_argument("--limit", type=int, help="test images at most (default: all)")
     parser.add_argument("--preset", choices=("fast", "balanced", "best"), default="balanced", help="default balanced")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    if sources:
+        parser.add_argument("--sources", default=sources, help=f"sources of images, of {', '.join(known)} (default {sources})")
+        parser.add_argument("--images", type=int, default=IMAGES, help=f"calibration images (default {IMAGES})")
     given = parser.parse_args()
     if given.data is None or not (Path(given.data) / "load.py").is_file():
         parser.error(f"--data must name a folder that holds load.py; it is {given.data}")
@@ -74,7 +95,14 @@ def parse(description: str | None, nets: str, widths: str = "W8A8,W4A8", seeds: 
         numbers = tuple(int(seed) for seed in given.seeds.split(","))
     except ValueError as error:
         parser.error(str(error))
-    return Options(Path(given.data), tuple(given.nets.split(",")), pairs, numbers, given.limit, given.preset, given.json)
+    chosen = tuple(given.sources.split(",")) if sources else ()
+    if unknown := [source for source in chosen if source not in known]:
+        parser.error(f"{unknown[0]!r} is not a source; there are {', '.join(known)}")
+    images = given.images if sources else IMAGES
+    if images < 1:
+        parser.error(f"--images is {images}; it must be at least 1")
+    nets_given = tuple(given.nets.split(","))
+    return Options(Path(given.data), nets_given, pairs, numbers, given.limit, given.preset, given.json, images, chosen)
 
 
 def _is_width(text: str) -> bool:
@@ -85,7 +113,7 @@ def _is_width(text: str) -> bool:
 
 def subject(options: Options, net: str) -> Subject:
     """Load a network and its images."""
-    load = _load_module(options.data)
+    load = load_module(options.data)
     if net not in load.MODELS:
         sys.exit(f"{options.data / 'load.py'} has no network {net!r}; it has {', '.join(load.MODELS)}")
     module, normalise, size = load.model(net)
@@ -130,6 +158,18 @@ def top1(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 50) -> f
         return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels)
 
 
+def reconstructed(
+    exported: nn.Module, images: Tensor, weight: int, activation: int, seed: int, options: Options, **keys: Any
+) -> nn.Module:
+    """Ours, in one trial, so that nothing is selected: ModCap granularity at the preset's effort, with `keys` changed."""
+    preset = ReconstructionSettings.PRESETS[options.preset]
+    settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
+    request = TuningRequest(weight, activation, settings, max_trials=1, seed=seed)
+    trial = Trial("modcap", settings)
+    adaptor = NeuralCompressorAdaptor()
+    return adaptor.tune(exported, images.split(BATCH), [trial], request, score=lambda model: 1.0, workspace=None).model
+
+
 def print_head(title: str, options: Options, console: Console) -> None:
     """Seeds, machine and versions: what the figures below depend on."""
     console.print(f"{title}: preset {options.preset}, seeds {', '.join(map(str, options.seeds))}", highlight=False)
@@ -144,6 +184,7 @@ def command(options: Options) -> str:
         f"python benchmarks/{Path(sys.argv[0]).name} --data DIR --nets {','.join(options.nets)} --widths {widths}",
         f"--seeds {','.join(map(str, options.seeds))} --preset {options.preset}",
         f"--limit {options.limit}" if options.limit else "",
+        f"--sources {','.join(options.sources)} --images {options.images}" if options.sources else "",
         f"--json {options.json}" if options.json else "",
     ]
     return " ".join(word for word in words if word)
@@ -180,7 +221,8 @@ def write_json(options: Options, figures: dict[str, Any]) -> None:
     options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_module(folder: Path) -> Any:
+def load_module(folder: Path) -> Any:
+    """The data folder's `load.py`."""
     spec = importlib.util.spec_from_file_location("load", folder / "load.py")
     assert spec is not None
     assert spec.loader is not None

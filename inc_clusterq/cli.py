@@ -34,6 +34,10 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of
 ResultFolder = Annotated[
     Path, typer.Argument(metavar="RESULT", help="Output folder of `inc-clusterq quantize`.", show_default=False)
 ]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Seed, in place of the YAML's.", show_default=False),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail when a quantizable operator would be computed in float.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is already there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
@@ -67,10 +71,7 @@ def quantize(
         Path | None, typer.Option("--output", help="Folder of the result, in place of the YAML's.", show_default=False)
     ] = None,
     overwrite: Overwrite = False,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", min=0, max=2**32 - 1, help="Seed, in place of the YAML's.", show_default=False),
-    ] = None,
+    seed: Seed = None,
     strict: Strict = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -87,6 +88,69 @@ def quantize(
 
         result = run(config, overwrite=overwrite, strict=strict, progress=progress_on(errors, quiet=quiet))
         result.print(Console())
+
+
+@app.command()
+def synthesize(
+    config_file: ConfigFile,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder for a copy; by default the set stays in the workspace.", show_default=False),
+    ] = None,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make the synthetic calibration set of CONFIG, or find it, and say where it is."""
+    errors = _prepared(debug=debug)
+    with _reported(errors, debug=debug):
+        from inc_clusterq.config import load_config
+        from inc_clusterq.console import progress_on
+
+        config = load_config(config_file).override(seed=seed)
+
+        from inc_clusterq.synthetic_set import synthesize as run
+
+        progress = progress_on(errors, quiet=quiet)
+        run(config, output=output, overwrite=overwrite, progress=progress).print(Console())
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of a synthetic set.", show_default=False)],
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="The job's YAML, where the set does not name its model.", show_default=False),
+    ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(
+            "--real",
+            help="Real inputs to compare with: an .npz file with inputs and labels, or python:package.module:function; "
+            "by default evaluation.accuracy of --config.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write; by default DATASET/inspection.", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how good a synthetic set is, and write a page about it."""
+    errors = _prepared(debug=debug)
+    with _reported(errors, debug=debug):
+        from inc_clusterq.config import load_config
+        from inc_clusterq.console import progress_on
+
+        config = load_config(config_file) if config_file is not None else None
+
+        from inc_clusterq.inspection import inspect as run
+
+        progress = progress_on(errors, quiet=quiet)
+        run(dataset, config=config, real=real, output=output, overwrite=overwrite, progress=progress).print(Console())
 
 
 @app.command()

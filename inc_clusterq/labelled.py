@@ -1,7 +1,11 @@
-"""The user's labelled set, for scoring trials only: loaded and checked against the model."""
+"""The user's labelled set, for scoring trials and inspecting sets only: loaded and checked against the model."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,22 +20,38 @@ def load_labelled(config: AccuracyConfig, model: FloatModel) -> tuple[Tensor, Te
     found = call_reference(config.dataset, config.folder, DatasetError)
     if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
         raise DatasetError(f"{config.dataset} must return two tensors, (inputs, labels); it returned {type(found).__name__}")
-    inputs, labels = found
+    return _checked(config.dataset, *found, model)
+
+
+def load_npz(file: Path, model: FloatModel) -> tuple[Tensor, Tensor]:
+    """The same from the arrays `inputs` and `labels` of an .npz file; nothing is unpickled."""
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            missing = [name for name in ("inputs", "labels") if name not in opened]
+            if missing:
+                raise DatasetError(f"{file} has no array {missing[0]!r}; it must hold `inputs` and `labels`")
+            inputs, labels = torch.from_numpy(opened["inputs"]), torch.from_numpy(opened["labels"])
+    except OSError as error:
+        raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
+    except (BadZipFile, ValueError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{file} is not an .npz file of numbers: {error}") from error
+    return _checked(str(file), inputs, labels, model)
+
+
+def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tuple[Tensor, Tensor]:
     if not inputs.is_floating_point() or inputs.shape[1:] != model.input.shape or len(inputs) == 0:
         raise DatasetError(
-            f"{config.dataset}: inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; they must be floats of shape "
+            f"{name}: inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; they must be floats of shape "
             f"(N, {', '.join(map(str, model.input.shape))}), normalised as the model takes them"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != inputs.shape[:1]:
         raise DatasetError(
-            f"{config.dataset}: labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be one class "
+            f"{name}: labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be one class "
             f"number for each of the {len(inputs)} inputs"
         )
     if not bool(inputs.isfinite().all()):
-        raise DatasetError(f"{config.dataset}: some inputs are not finite")
+        raise DatasetError(f"{name}: some inputs are not finite")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= model.num_classes:
-        raise DatasetError(
-            f"{config.dataset}: labels go from {low} to {high}; the model has the classes 0 to {model.num_classes - 1}"
-        )
+    if model.num_classes and (low < 0 or high >= model.num_classes):
+        raise DatasetError(f"{name}: labels go from {low} to {high}; the model has the classes 0 to {model.num_classes - 1}")
     return inputs.to(torch.float32), labels.to(torch.int64)

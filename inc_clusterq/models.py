@@ -26,17 +26,21 @@ SUM_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class FloatModel:
-    """A model that passed all checks; `module` is in eval mode, in float32, and has no gradients."""
+    """A model that passed all checks; `module` is in eval mode, in float32, and has no gradients.
+
+    `num_classes` is 0 and `problem` says why where it does not return class logits and need not.
+    """
 
     name: str
     module: nn.Module
     input: InputSpec
     num_classes: int
     fingerprint: str
+    problem: str = ""
 
 
-def load_model(config: ModelConfig) -> FloatModel:
-    """Build the architecture, load its weights, check that it takes the input and returns class logits."""
+def load_model(config: ModelConfig, *, any_output: bool = False) -> FloatModel:
+    """Build the architecture, load its weights, check that it takes the input and, unless `any_output`, returns logits."""
     kind, _, name = config.architecture.partition(":")
     module = _from_torchvision(name, config) if kind == "torchvision" else _from_python(config)
     module = module.float().eval().requires_grad_(False)
@@ -44,7 +48,10 @@ def load_model(config: ModelConfig) -> FloatModel:
     if broken:
         raise ModelError(f"{config.architecture}: {broken[0]} holds values that are not finite; the checkpoint is damaged")
     spec = config.input.spec()
-    return FloatModel(name.rpartition(":")[2], module, spec, check_logits(module, spec), fingerprint(module))
+    output = read_output(module, spec)
+    if output.problem and not any_output:
+        raise ModelError(f"{output.problem}; {output.remedy}")
+    return FloatModel(name.rpartition(":")[2], module, spec, output.num_classes, fingerprint(module), output.problem)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -56,8 +63,25 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a model returns: logits of so many classes, or 0, what comes in their place, and what it should be."""
+
+    num_classes: int
+    problem: str = ""
+    remedy: str = ""
+
+
 def check_logits(module: nn.Module, spec: InputSpec) -> int:
     """Run a batch of two and return the number of classes; ModelError if they are not (N, classes) logits."""
+    output = read_output(module, spec)
+    if output.problem:
+        raise ModelError(f"{output.problem}; {output.remedy}")
+    return output.num_classes
+
+
+def read_output(module: nn.Module, spec: InputSpec) -> Output:
+    """Run a batch of two and tell what comes out; ModelError for what is wrong with any model, whatever its task."""
     like = next((value for value in module.parameters()), torch.empty(0))
     low, high = spec.bounds(like)
     ramp = torch.linspace(0, 1, 2 * torch.Size(spec.shape).numel(), dtype=like.dtype, device=like.device)
@@ -71,18 +95,21 @@ def check_logits(module: nn.Module, spec: InputSpec) -> int:
             f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         ) from failure
     if not isinstance(output, Tensor):
-        raise ModelError(f"the model returns {type(output).__name__}; it must return one tensor of class logits, (N, classes)")
+        return Output(
+            0, f"the model returns {type(output).__name__}", "it must return one tensor of class logits, (N, classes)"
+        )
     if output.dim() != 2 or output.shape[0] != 2 or output.shape[1] < 2 or not output.is_floating_point():
         hint = "; flatten it in the model" if output.dim() > 2 and output.shape[2:].numel() == 1 else ""
-        raise ModelError(
-            f"the model returns {output.dtype} of shape {tuple(output.shape)} for 2 samples; "
-            f"it must return class logits, floats of shape (2, classes) with at least 2 classes{hint}"
+        return Output(
+            0,
+            f"the model returns {output.dtype} of shape {tuple(output.shape)} for 2 samples",
+            f"it must return class logits, floats of shape (2, classes) with at least 2 classes{hint}",
         )
     if not bool(output.isfinite().all()):
         raise ModelError("the model returns values that are not finite; check its weights, model.input.range and .std")
     if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
         raise ModelError("the model returns probabilities; it must return class logits: take the softmax out of the model")
-    return output.shape[1]
+    return Output(output.shape[1])
 
 
 def _from_python(config: ModelConfig) -> nn.Module:

@@ -31,8 +31,9 @@ from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
 from inc_clusterq.result import Result, Row
+from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.statistics import batch_norms
-from inc_clusterq.synthesis.store import cached_dataset
+from inc_clusterq.synthetic_set import workspace_dataset
 from inc_clusterq.tuning import Adaptor, Score, Strategy, TuningRequest
 
 PARITY_IMAGES = 256  # at most: each is run one by one through the compiled model
@@ -58,7 +59,10 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
         exported = adaptor.export(model)
     labelled = load_labelled(config.evaluation.accuracy, model) if config.evaluation.accuracy else None
     with _timed(seconds, "synthesis"):
-        calibration, held_out = _synthetic(config, model, with_held_out=labelled is None, progress=progress)
+        dataset = workspace_dataset(config, model, progress)
+        calibrating = config.quantization.calibration.sampling_size
+        calibration, held_out = dataset.inputs[:calibrating], dataset.inputs[calibrating:]
+        quality = measure_set(model.module, model.input, model.num_classes, dataset.inputs, dataset.labels)
     judge = _judge(model, labelled, held_out)
     batches = calibration.split(config.quantization.calibration.dataloader.batch_size)
     with _timed(seconds, "tuning"):
@@ -87,6 +91,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             seconds=seconds,
             operators=tuple(operators),
             folder=os.path.relpath(config.model.folder, config.output),
+            synthetic=quality,
         )
         result.write(folder / RESULT)
     return result
@@ -162,24 +167,6 @@ def _within_range(quantization: QuantizationConfig) -> ReconstructionSettings:
     if not reduce:
         return settings
     return settings.model_copy(update={"weight_ceiling": min(settings.weight_ceiling, SAFE_WEIGHT_BITS)})
-
-
-def _synthetic(config: Config, model: FloatModel, *, with_held_out: bool, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Calibration images, and images that only score: a part of the same set that no trial is calibrated with."""
-    calibration = config.quantization.calibration
-    held_out = config.evaluation.held_out if with_held_out else 0
-    dataset = cached_dataset(
-        config.tuning.workspace.path / "synthetic",
-        model.module,
-        fingerprint=model.fingerprint,
-        spec=model.input,
-        settings=calibration.dataloader.dataset.clusterq,
-        num_classes=model.num_classes,
-        samples=calibration.sampling_size + held_out,
-        seed=config.tuning.random_seed,
-        progress=progress,
-    )
-    return dataset.inputs[: calibration.sampling_size], dataset.inputs[calibration.sampling_size :]
 
 
 def _judge(model: FloatModel, labelled: tuple[Tensor, Tensor] | None, held_out: Tensor) -> _Judge:

@@ -28,9 +28,13 @@ class _SilentStage:
         pass
 
 
+NO_STAGE: Stage = _SilentStage()
+"""A stage that shows nothing."""
+
+
 class _Silent:
     def stage(self, title: str, total: int) -> AbstractContextManager[Stage]:
-        return nullcontext(_SilentStage())
+        return nullcontext(NO_STAGE)
 
 
 SILENT: Progress = _Silent()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from inc_clusterq.deployment.inductor import Latency, Parity
 from inc_clusterq.deployment.operators import Operator, summary
+from inc_clusterq.synthesis.quality import SetQuality
 from inc_clusterq.tuning import TuningOutcome
 
 FORMAT = 1
@@ -44,6 +45,7 @@ class Result:
     seconds: Mapping[str, float]  # by stage
     operators: tuple[Operator, ...] = ()  # what the compiler made of each
     folder: str = "."  # of the YAML, relative to `output`
+    synthetic: SetQuality | None = None  # how good the calibration set is
 
     @property
     def met_goal(self) -> bool:
@@ -71,6 +73,7 @@ class Result:
             "environment": dict(self.environment),
             "config": dict(self.config),
             "folder": self.folder,
+            "synthetic": self.synthetic.as_dict() if self.synthetic is not None else None,
         }
 
     def write(self, file: Path) -> None:
@@ -108,6 +111,8 @@ class Result:
                 soft_wrap=True,
                 highlight=False,
             )
+        if self.synthetic is not None:
+            console.print(self.synthetic.sentence(), soft_wrap=True, highlight=False)
         console.print(
             f"Compiled int8 against evaluated: {self.parity}.",
             soft_wrap=True,

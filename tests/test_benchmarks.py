@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,3 +102,29 @@ def test_the_accuracy_benchmark_measures_other_networks_through_the_interface_al
     assert done.returncode == 0, done.stderr
     assert "ours, no data" in done.stdout
     assert '"float": 100.0' in figures.read_text()
+
+
+@pytest.mark.slow
+def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text(LOAD)
+    figures = tmp_path / "figures.json"
+    sources = "noise,statistics,latent+alignment,real"
+    options = ("--nets", "mine", "--widths", "W4A4", "--seeds", "0", "--preset", "fast", "--json", str(figures))
+    done = run(root, "synthesis.py", "--data", str(tmp_path), *options, "--sources", sources, "--images", "20")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(figures.read_text())
+    assert record["images"] == 20
+    assert f"--sources {sources} --images 20" in record["command"]
+    found = record["synthesis"]["mine"]["sources"]
+    assert list(found) == sources.split(",")
+    assert all(len(entry["top1"][width]) == 1 for entry in found.values() for width in ("INC W8A8", "W4A4"))
+    assert found["noise"]["seconds"] == []
+    assert found["statistics"]["peak_mb"][0] > 100
+    assert found["statistics"]["quality"][0]["statistics_distance"] < found["noise"]["quality"][0]["statistics_distance"]
+
+
+def test_an_unknown_source_is_answered_with_those_there_are(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text("")
+    done = run(root, "synthesis.py", "--data", str(tmp_path), "--sources", "noise,clusterk")
+    assert done.returncode == 2
+    assert "'clusterk' is not a source; there are noise, real, statistics, clusterq" in done.stderr

@@ -9,7 +9,7 @@ import pytest
 import inc_clusterq
 from inc_clusterq.inputs import InputSpec
 
-HEAVY = ("neural_compressor", "torchvision", "torchao", "torch", "sklearn", "pydantic")
+HEAVY = ("neural_compressor", "torchvision", "torchao", "torch", "sklearn", "pydantic", "matplotlib")
 
 
 def imported_by(statement: str, root: Path) -> set[str]:
@@ -30,6 +30,10 @@ def test_help_imports_nothing_heavy(root: Path) -> None:
 @pytest.mark.parametrize("module", ["config", "models", "registry", "inputs"])
 def test_a_job_is_read_without_host_or_torchvision(root: Path, module: str) -> None:
     assert imported_by(f"import inc_clusterq.{module}", root) <= {"torch", "pydantic"}
+
+
+def test_a_job_runs_without_the_library_that_draws_figures(root: Path) -> None:
+    assert "matplotlib" not in imported_by("import inc_clusterq.pipeline, inc_clusterq.synthetic_set", root)
 
 
 def test_public_names_are_handed_on() -> None:

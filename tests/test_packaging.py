@@ -62,7 +62,8 @@ def test_a_wheel_built_from_the_sdist_holds_every_module_and_the_type_marker(roo
     package = root / "inc_clusterq"
     modules = {file.relative_to(root) for file in package.rglob("*.py")}
     modules |= {file.relative_to(root) for link in LINKS for file in (package / link).glob("*.py")}
-    assert packed == {str(module) for module in modules} | {"inc_clusterq/py.typed"}
+    templates = {file.relative_to(root) for file in package.rglob("*.html")}
+    assert packed == {str(file) for file in modules | templates} | {"inc_clusterq/py.typed"}
 
 
 def build(kind: str, source: Path, target: Path) -> Path:

@@ -139,6 +139,8 @@ def test_a_job_without_data_saves_a_model_that_the_plain_host_runs(bench: Bench)
     assert found["models"][0]["score"] == 1
     assert found["met_goal"] == (found["models"][2]["score"] >= found["goal"])
     assert found["parity"]["agreement"] == 1
+    assert found["synthetic"]["layers"][0]["name"] == "stem.1"
+    assert "Synthetic set: " in result.stdout
     assert {path.name for path in (bench.folder / "saved_results").iterdir()} == {
         "result.json",
         "qconfig.json",

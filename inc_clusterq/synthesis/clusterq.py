@@ -4,27 +4,38 @@
    those of the training data; after a warm-up their class features are drawn to per-class centroids (`centroids`).
 2. It paints the set, every class equally often, and the samples themselves are optimised further (`refine`).
 
+With `synthesizer: latent` each batch is made by a generator of its own instead (`latent`).
+
 One `torch.Generator`, on the CPU, gives every random number, so a seed names one result: to the bit on the same kind of
-machine, as far as the network's own operations are deterministic there.
+machine, as far as the network's own operations are deterministic there. A `Draft` that is kept on disk lets a process
+that was killed go on from the last state of the training, or the last finished batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.augmentation import augment
+from inc_clusterq.synthesis.batches import Batch, batch_count, make_batches
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
+from inc_clusterq.synthesis.draft import Draft
 from inc_clusterq.synthesis.generator import Generator, build_generator
+from inc_clusterq.synthesis.latent import solve
 from inc_clusterq.synthesis.objective import draw_diversity, evaluate
 from inc_clusterq.synthesis.refine import random_samples, refine
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher, teach
+from inc_clusterq.synthesis.training_state import restore_training, training_state
+
+TRAINING = "training"  # stage of a draft
 
 
 def synthesise(
@@ -40,30 +51,75 @@ def synthesise(
     """Inputs (samples, *spec.shape), float32, normalised, inside the value range; and their labels (samples,), int64.
 
     Both lie on the CPU; the work is done where `module` lies. Any stretch of the labels is balanced to within one or two
-    per class. `module` is in use meanwhile and comes back unchanged.
+    per class. `module` is in use meanwhile and comes back unchanged. `num_classes` is 0 for a model that does not return
+    class logits: the BatchNorm statistics alone are matched, and every label is -1.
     """
+    draft = Draft()
+    synthesise_into(draft, module, spec, settings, num_classes=num_classes, samples=samples, seed=seed, progress=progress)
+    inputs, labels = zip(*draft.shards, strict=True)
+    return torch.cat(inputs), torch.cat(labels)
+
+
+def synthesise_into(
+    draft: Draft,
+    module: nn.Module,
+    spec: InputSpec,
+    settings: ClusterQSettings,
+    *,
+    num_classes: int,
+    samples: int,
+    seed: int,
+    progress: Progress = SILENT,
+) -> None:
+    """Fill `draft` with what `synthesise` returns, from wherever it stands; the outcome is the same to the bit."""
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1")
-    if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}; a classifier has at least 2")
+    if num_classes == 1 or num_classes < 0:
+        raise ValueError(f"num_classes is {num_classes}; a classifier has at least 2, and 0 means no classes")
     rng = torch.Generator().manual_seed(seed)
-    labels = balanced_labels(torch.arange(num_classes), samples, rng)
+    labels = balanced_labels(torch.arange(max(num_classes, 1)), samples, rng)
     deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with (
         torch.enable_grad(),  # a lazy loader may be read first inside somebody's `no_grad`
         deterministic,
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as teacher,
     ):
-        if settings.iterations:
-            classes = labels.unique().to(teacher.device)
-            generator = build_generator(spec, num_classes, settings.latent_size, rng, teacher.device)
-            train(generator, teacher, spec, settings, classes, rng, progress)
-            inputs = paint(generator, labels, settings, rng)
+        batches, steps = batch_count(samples, settings.refine_batch), settings.refine_iterations
+        if settings.synthesizer == "latent":
+            title = "Optimising latents"
+
+            def optimise(batch: Batch, stage: Stage) -> Tensor:
+                return solve(batch, teacher, spec, settings, rng, stage)
         else:
-            inputs = random_samples(spec, samples, rng)
-        if settings.refine_iterations:
-            inputs = refine(inputs, labels, teacher, spec, settings, rng, progress)
-    return inputs, labels
+            title = "Refining synthetic inputs"
+            start = start_samples(labels, teacher, spec, settings, rng, draft, progress)
+
+            def optimise(batch: Batch, stage: Stage) -> Tensor:
+                inputs = start(batch.rows)
+                return refine(inputs, batch, teacher, spec, settings, rng, stage) if steps else inputs
+
+        with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
+            make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)
+
+
+def start_samples(
+    labels: Tensor,
+    teacher: Teacher,
+    spec: InputSpec,
+    settings: ClusterQSettings,
+    rng: torch.Generator,
+    draft: Draft,
+    progress: Progress,
+) -> Callable[[slice], Tensor]:
+    """What is refined, some rows at a time: painted by a generator that is trained first, or noise."""
+    if not settings.iterations:
+        noise = random_samples(spec, len(labels), rng)
+        return lambda rows: noise[rows]
+    classes = labels.unique().to(teacher.device)
+    generator = build_generator(spec, teacher.embedded, settings.latent_size, rng, teacher.device)
+    train(generator, teacher, spec, settings, classes, rng, progress, draft)
+    latents = torch.cat([_latents(len(part), settings, rng, teacher.device) for part in labels.split(settings.batch_size)])
+    return lambda rows: paint(generator, latents[rows], labels[rows].to(teacher.device), settings.batch_size)
 
 
 def balanced_labels(classes: Tensor, samples: int, rng: torch.Generator) -> Tensor:
@@ -81,17 +137,23 @@ def train(
     classes: Tensor,
     rng: torch.Generator,
     progress: Progress,
+    draft: Draft,
 ) -> Centroids:
     """Train `generator` in place for `iterations` steps on `classes`; return the class centroids it arrived at."""
     first = teacher.first_aligned
     centroids = unseen(classes, teacher.references[first:])
-    optimiser = torch.optim.Adam(generator.parameters(), settings.learning_rate, betas=settings.betas)
+    optimiser = torch.optim.Adam(generator.parameters(), settings.generator_rate, betas=settings.betas)
     noise: tuple[Moments, ...] = ()
+    done = 0
+    if (state := draft.find(TRAINING)) is not None:
+        centroids, done = restore_training(state, generator, optimiser, centroids, rng)
     with progress.stage("Training the generator", settings.iterations) as stage:
-        for iteration in range(settings.iterations):
-            if iteration == settings.warmup_iterations:
+        if done:
+            stage.advance(done, "resumed")
+        for iteration in range(done, settings.iterations):
+            if iteration == settings.warmup_iterations and teacher.classifies:
                 centroids = start_centroids(generator, teacher, settings, centroids, rng)
-            warm = iteration >= settings.warmup_iterations
+            warm = iteration >= settings.warmup_iterations and teacher.classifies
             if warm:
                 noise = draw_diversity(
                     rng,
@@ -110,6 +172,8 @@ def train(
             if warm:
                 centroids = moved(centroids, seen.samples[first:], labels, seen.predicted, settings.centroid_momentum)
             stage.advance(1, losses.note())
+            if draft.due or iteration + 1 == settings.iterations:
+                draft.keep(TRAINING, training_state(generator, optimiser, centroids, iteration + 1, rng))
     return centroids
 
 
@@ -119,7 +183,10 @@ def start_centroids(
 ) -> Centroids:
     """Centroids from `centroid_samples` generated samples of each class."""
     labels = centroids.classes.repeat_interleave(settings.centroid_samples)
-    seen = [teacher.observe(_paint_batch(generator, part, settings, rng)) for part in labels.split(settings.batch_size)]
+    seen = []
+    for part in labels.split(settings.batch_size):
+        z = _latents(len(part), settings, rng, teacher.device)
+        seen.append(teacher.observe(paint(generator, z, part, settings.batch_size)))
     samples = [
         Moments(torch.cat([m.mean for m in layer]), torch.cat([m.variance for m in layer]))
         for layer in zip(*(s.samples[teacher.first_aligned :] for s in seen), strict=True)
@@ -129,17 +196,11 @@ def start_centroids(
 
 
 @torch.no_grad()
-def paint(generator: Generator, labels: Tensor, settings: ClusterQSettings, rng: torch.Generator) -> Tensor:
-    """One generated sample per label, shape (N, *spec.shape), on the CPU."""
-    device = generator.embedding.weight.device
-    parts = labels.to(device).split(settings.batch_size)
-    return torch.cat([_paint_batch(generator, part, settings, rng).cpu() for part in parts])
-
-
-def _paint_batch(generator: Generator, labels: Tensor, settings: ClusterQSettings, rng: torch.Generator) -> Tensor:
+def paint(generator: Generator, latents: Tensor, labels: Tensor, most: int) -> Tensor:
+    """One generated sample per latent, shape (N, *spec.shape), at `most` at once."""
     # Running statistics instead of the batch's own: a sample must not depend on its neighbours, nor a last one fail alone.
     generator.eval()
-    x: Tensor = generator(_latents(len(labels), settings, rng, labels.device), labels)
+    x = torch.cat([generator(z, y) for z, y in zip(latents.split(most), labels.split(most), strict=True)])
     generator.train()
     return x
 

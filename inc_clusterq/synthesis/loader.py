@@ -6,6 +6,7 @@ It yields (input, label) batches as Neural Compressor's loaders do, and `loader.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.models import check_logits, fingerprint
+from inc_clusterq.models import fingerprint, read_output
 from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.synthesis.dataset import SyntheticDataset
 from inc_clusterq.synthesis.refine import random_samples
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import batch_norms
-from inc_clusterq.synthesis.store import SyntheticDataset, build_dataset, cached_dataset
+from inc_clusterq.synthesis.store import build_dataset, cached_dataset
+
+logger = logging.getLogger(__name__)
 
 MOST_PER_BATCH = 4096  # the exporter wants a bound; no calibration batch comes near it
 
@@ -38,7 +42,8 @@ class ClusterQDataLoader:
 
     `model` is the trained float network, before any quantization, BatchNorm not folded; `input` says what it takes.
     `settings` sets the effort (default: the preset `balanced`). With `cache_dir` the set is kept there and found again for
-    the same model, input, settings, size and seed. What is wrong with the model is said at once, by ModelError.
+    the same model, input, settings, size and seed; it is memory-mapped then. A model that does not return class logits is
+    served by its BatchNorm statistics alone. What is wrong with the model is said at once, by ModelError.
     """
 
     def __init__(
@@ -59,7 +64,12 @@ class ClusterQDataLoader:
         if batch_size > MOST_PER_BATCH:
             raise ValueError(f"batch_size is {batch_size}; it must be at most {MOST_PER_BATCH}")
         batch_norms(model)
-        self.num_classes = check_logits(model, input)
+        output = read_output(model, input)
+        if output.problem:
+            logger.warning(
+                "%s, not class logits: the set is matched to the BatchNorm statistics alone, and labels are -1", output.problem
+            )
+        self.num_classes = output.num_classes
         self.model = model
         self.input = input
         self.sampling_size = sampling_size
@@ -95,9 +105,7 @@ class ClusterQDataLoader:
                 model(inputs if anchor is None else inputs.to(anchor.device))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        dataset = self.dataset
-        parts = (tensor.split(self.batch_size) for tensor in (dataset.inputs, dataset.labels))
-        return zip(*parts, strict=True)
+        return self.dataset.batches(self.batch_size)
 
     def __len__(self) -> int:
         return -(-self.sampling_size // self.batch_size)

@@ -141,13 +141,13 @@ def evaluate(
     centroids: Centroids | None,
     noise: Sequence[Moments],
 ) -> Losses:
-    """All terms of one batch; the alignment is 0 while there are no centroids."""
+    """All terms of one batch; alignment is 0 while there are no centroids, and so are both class terms without classes."""
     kind, first = settings.statistics_distance, teacher.first_aligned
     aligned = x.new_zeros(())
-    if centroids is not None and settings.alignment_weight > 0:
+    if centroids is not None and teacher.classifies and settings.alignment_weight > 0:
         aligned = alignment(seen.samples[first:], labels, centroids, noise, teacher.references[first:], kind)
     return Losses(
-        classification(seen.logits, labels),
+        classification(seen.logits, labels) if seen.logits is not None else x.new_zeros(()),
         statistics(seen.samples, teacher.references, kind),
         aligned,
         total_variation(x, spec),

@@ -26,36 +26,55 @@ from inc_clusterq.synthesis.statistics import (
 class Observation:
     """What the teacher says of a batch."""
 
-    logits: Tensor  # (N, K)
+    logits: Tensor | None  # (N, K); None where the network returns something else
     samples: tuple[Moments, ...]  # per BatchNorm layer, each (N, C)
 
     @property
     def predicted(self) -> Tensor:
         """The most likely class of each sample, shape (N,)."""
+        assert self.logits is not None, "only a classifier predicts"
         return self.logits.detach().argmax(1)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen network with its BatchNorm layers in order of execution; alignment starts at layer `first_aligned`."""
+    """A frozen network with its BatchNorm layers in order of execution; alignment starts at layer `first_aligned`.
+
+    Where it does not return class logits, `num_classes` is 0 and its BatchNorm statistics are all that it teaches.
+    """
 
     module: nn.Module
+    num_classes: int
     layers: tuple[nn.Module, ...]
     references: tuple[Reference, ...]
     first_aligned: int
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def classifies(self) -> bool:
+        """Whether there are classes to be wanted, predicted and aligned."""
+        return self.num_classes > 0
+
+    @property
+    def embedded(self) -> int:
+        """Classes of a conditional generator; without any, all samples share one."""
+        return max(self.num_classes, 1)
+
     def observe(self, x: Tensor) -> Observation:
         """Run a batch of normalised inputs, shape (N, *input)."""
         with capture_inputs(self.layers, lambda seen: sample_moments(seen, x.shape[0])) as captured:
-            logits = self.module(x.to(self.dtype))
-        return Observation(logits.float(), tuple(average(captured[layer]) for layer in self.layers))
+            output = self.module(x.to(self.dtype))
+        samples = tuple(average(captured[layer]) for layer in self.layers)
+        return Observation(output.float() if self.classifies else None, samples)
 
 
 @contextmanager
 def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned_layer: int | None) -> Iterator[Teacher]:
-    """Open `module` as a teacher: eval mode and no parameter gradients inside, everything as it was outside."""
+    """Open `module` as a teacher: eval mode and no parameter gradients inside, everything as it was outside.
+
+    `num_classes` is 0 for a model that does not return class logits; whatever it returns is then left alone.
+    """
     layers = batch_norms(module)
     parameter = next(module.parameters(), None)
     anchor = parameter if parameter is not None else layers[0].get_buffer("running_mean")
@@ -64,7 +83,7 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
         probe = ((low + high) / 2).expand(2, *spec.shape).to(anchor.dtype)
         with torch.no_grad(), capture_inputs(layers, lambda seen: None) as called:
             logits = module(probe)
-        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        if num_classes and (not isinstance(logits, Tensor) or logits.shape != (2, num_classes)):
             found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(
                 f"{type(module).__name__} returns {found} for two inputs of shape {list(spec.shape)}; class logits of "
@@ -78,6 +97,7 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
         ordered = tuple(called)
         yield Teacher(
             module,
+            num_classes,
             ordered,
             tuple(reference(layer) for layer in ordered),
             first_aligned(len(ordered), first_aligned_layer),

@@ -10,6 +10,7 @@ from inc_clusterq.inputs import InputSpec
 from inc_clusterq.progress import SILENT
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
 from inc_clusterq.synthesis.clusterq import start_centroids, train
+from inc_clusterq.synthesis.draft import Draft
 from inc_clusterq.synthesis.generator import build_generator
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import Moments, Reference
@@ -65,7 +66,7 @@ def learned(trained: nn.Module, spec: InputSpec) -> Centroids:
     rng = torch.Generator().manual_seed(0)
     with teach(trained, spec, num_classes=4, first_aligned_layer=0) as teacher:
         generator = build_generator(spec, 4, settings.latent_size, rng, teacher.device)
-        return train(generator, teacher, spec, settings, torch.arange(4), rng, SILENT)
+        return train(generator, teacher, spec, settings, torch.arange(4), rng, SILENT, Draft())
 
 
 def test_different_classes_have_different_centroids(learned: Centroids) -> None:

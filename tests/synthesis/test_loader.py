@@ -15,8 +15,9 @@ import inc_clusterq.synthesis.loader as loader_module
 from inc_clusterq import ClusterQDataLoader
 from inc_clusterq.errors import ModelError
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.dataset import SyntheticDataset
 from inc_clusterq.synthesis.settings import ClusterQSettings
-from inc_clusterq.synthesis.store import SyntheticDataset, build_dataset
+from inc_clusterq.synthesis.store import build_dataset
 
 
 @pytest.fixture

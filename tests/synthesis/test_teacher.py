@@ -77,6 +77,7 @@ def test_batch_norm_before_convolution_and_in_double_precision_works() -> None:
         x = torch.rand(4, 3, 5, 5, requires_grad=True)
         seen = teacher.observe(x)
         seen.samples[0].mean.sum().backward()
+    assert seen.logits is not None
     assert seen.logits.dtype == torch.float32
     torch.testing.assert_close(seen.samples[0].mean, x.detach().double().mean((2, 3)))
     assert x.grad is not None

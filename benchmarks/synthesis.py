@@ -1,0 +1,180 @@
+"""What the source of the calibration images is worth: the same reconstruction on images from each source, side by side.
+
+Sources:
+  noise               Gaussian noise
+  statistics          pixels optimised on the BatchNorm statistics alone: no generator, no class, no alignment
+  clusterq            the default synthesis
+  latent              a generator and latents per batch, without alignment
+  latent+alignment    the same, aligned with the class centroids
+  real                training images, where the data folder has any
+  clusterq-TERM       the default without one of its parts: an ablation, on demand by --sources
+Every source gives the same number of images, and everything downstream is equal: Neural Compressor's own static quantization
+(INC W8A8) and ours at each width. Synthesis runs in a process of its own, whose wall time and peak memory are recorded, and
+what of that memory model, torch and host took before it began. Test images give the figures and nothing else.
+
+    python benchmarks/synthesis.py --data DIR --nets resnet20 --widths W4A8,W4A4 --json docs/figures/synthesis-NAME.json
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.clusterq import synthesise
+from inc_clusterq.synthesis.quality import measure_set
+from inc_clusterq.synthesis.settings import ClusterQSettings
+
+SYNTHETIC: dict[str, dict[str, Any]] = {
+    "statistics": {"iterations": 0, "classification_weight": 0, "alignment_weight": 0, "prior_weight": 0},
+    "clusterq": {},
+    "latent": {"synthesizer": "latent", "alignment_weight": 0},
+    "latent+alignment": {"synthesizer": "latent"},
+    "clusterq-generator": {"iterations": 0},
+    "clusterq-refinement": {"refine_iterations": 0},
+    "clusterq-classification": {"classification_weight": 0},
+    "clusterq-alignment": {"alignment_weight": 0},
+    "clusterq-diversity": {"mean_diversity": 0, "variance_diversity": 0},
+    "clusterq-prior": {"prior_weight": 0},
+    "clusterq-augmentation": {"augmentation": "none"},
+    "latent-swing": {"synthesizer": "latent", "swing": False},
+}
+"""What each source changes of the preset."""
+
+DEFAULT = "noise,statistics,clusterq,latent,latent+alignment,real"
+COSTS = ("seconds", "peak_mb", "start_mb")
+MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "diversity")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A set with what it cost; None for images that cost nothing."""
+
+    inputs: Tensor
+    labels: Tensor
+    seconds: float | None = None
+    peak_mb: float | None = None
+    start_mb: float | None = None
+
+
+def main() -> None:
+    """Run every network, seed and source."""
+    options = common.parse(__doc__, "resnet20", widths="W4A8,W4A4", sources=DEFAULT, known=("noise", "real", *SYNTHETIC))
+    console = Console(width=140)
+    common.print_head(f"Sources of {options.images} calibration images", options, console)
+    figures: dict[str, Any] = {}
+    for net in options.nets:
+        subject = common.subject(options, net)
+        console.print(f"{net}: {subject.splits}", highlight=False)
+        figures[net] = _measure(net, subject, options, console)
+        columns = [*next(iter(figures[net]["sources"].values()))["top1"], "seconds", "peak MB"]
+        rows = [[source, *_cells(found)] for source, found in figures[net]["sources"].items()]
+        common.print_table(f"{net}, float {figures[net]['float']:.2f}", ("source", *columns), rows, console)
+        common.write_json(options, {"images": options.images, "synthesis": figures})
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    costs = [found["seconds"], found["peak_mb"]]
+    return [common.mean_and_spread(values) if values else "-" for values in [*found["top1"].values(), *costs]]
+
+
+def _measure(net: str, subject: common.Subject, options: common.Options, console: Console) -> dict[str, Any]:
+    adaptor = NeuralCompressorAdaptor()
+    exported = adaptor.export(subject.model)
+
+    def score(model: torch.nn.Module) -> float:
+        return common.top1(model, subject.test_inputs, subject.test_labels)
+
+    widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
+    real = 0 if subject.training is None else len(subject.training)
+    sources = [source for source in options.sources if source != "real" or real >= options.images]
+    if sources != list(options.sources):
+        console.print(f"  real is left out: {real} training images for {options.images}", highlight=False)
+    found: dict[str, dict[str, Any]] = {
+        source: {"top1": {column: [] for column in ("INC W8A8", *widths)}} | {key: [] for key in (*COSTS, "quality")}
+        for source in sources
+    }
+    for seed in options.seeds:
+        for source in sources:
+            made, entry = _images(source, net, subject, options, seed), found[source]
+            if made.seconds is not None:
+                for cost in COSTS:
+                    entry[cost].append(getattr(made, cost))
+            entry["quality"].append(_quality(subject, made))
+            entry["top1"]["INC W8A8"].append(score(adaptor.quantize_static(exported, made.inputs.split(common.BATCH))))
+            for (weight, activation), width in zip(options.widths, widths, strict=True):
+                entry["top1"][width].append(
+                    score(common.reconstructed(exported, made.inputs, weight, activation, seed, options))
+                )
+            last = {column: round(values[-1], 2) for column, values in entry["top1"].items()}
+            spent = f"{made.seconds:.0f} s, {made.peak_mb:.0f} MB" if made.seconds is not None else "-"
+            console.print(f"  seed {seed} {source}: {last}; synthesis {spent}", highlight=False)
+    return {"float": score(subject.model.module), "splits": subject.splits, "sources": found}
+
+
+def _images(source: str, net: str, subject: common.Subject, options: common.Options, seed: int) -> Made:
+    """The images of one source; their labels are -1 where it has none."""
+    generator = torch.Generator().manual_seed(seed)
+    nothing = torch.full((options.images,), -1)
+    if source == "noise":
+        return Made(torch.randn(options.images, *subject.model.input.shape, generator=generator), nothing)
+    if source == "real":
+        assert subject.training is not None
+        chosen = torch.randperm(len(subject.training), generator=generator)[: options.images]
+        return Made(subject.training[chosen], nothing)
+    preset = ClusterQSettings.PRESETS[options.preset]
+    settings = ClusterQSettings.model_validate({**preset, **SYNTHETIC[source]})
+    with tempfile.TemporaryDirectory() as folder, _alone() as process:
+        file = Path(folder) / "set.safetensors"
+        job = process.submit(
+            _synthesise, options.data, net, subject.model.input, subject.model.num_classes, settings, options.images, seed, file
+        )
+        costs = job.result()
+        made = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    return Made(made["inputs"], made["labels"], *costs)
+
+
+def _alone() -> ProcessPoolExecutor:
+    """One fresh process: its peak memory is that of one synthesis."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _synthesise(
+    data: Path, net: str, spec: InputSpec, num_classes: int, settings: ClusterQSettings, images: int, seed: int, file: Path
+) -> tuple[float, float, float]:
+    """Write the set to `file`; returns wall seconds, and the memory of this process in MB: the highest, and at first."""
+    module = common.load_module(data).model(net)[0].float().eval().requires_grad_(False)
+    start, began = _memory("VmRSS"), time.perf_counter()
+    inputs, labels = synthesise(module, spec, settings, num_classes=num_classes, samples=images, seed=seed)
+    seconds = time.perf_counter() - began
+    save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, file)
+    return seconds, _memory("VmHWM"), start
+
+
+def _memory(key: str) -> float:
+    """MB of this process; its `ru_maxrss` would count what the parent used before it began."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(status[key].split()[0]) / 1024
+
+
+def _quality(subject: common.Subject, made: Made) -> dict[str, float | None]:
+    """Means over the layers of what `inspect` measures without real inputs."""
+    model = subject.model
+    quality = measure_set(model.module, model.input, model.num_classes, made.inputs, made.labels)
+    return {measure: quality.mean(measure) for measure in MEASURES} | {"recognised": quality.recognised}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What was found, as a page that needs no other file."""
