@@ -28,6 +28,7 @@ from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.tuning import Trial, TuningRequest
 
 IMAGES = 256
+NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False}
 BATCH = 32  # images per calibration call, the default of the YAML
 COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
 
@@ -84,7 +85,8 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
                 if real is not None:
                     found["INC real"].append(score(adaptor.quantize_static(exported, real.split(BATCH))))
             if real is not None:
-                found["nearest, real"].append(score(_ours(exported, real, weight, activation, seed, options, iterations=0)))
+                nearest = _ours(exported, real, weight, activation, seed, options, **NEAREST)
+                found["nearest, real"].append(score(nearest))
                 found["ours, real"].append(score(_ours(exported, real, weight, activation, seed, options)))
             began = time.perf_counter()
             found["ours, no data"].append(score(_ours(exported, synthetic, weight, activation, seed, options)))
