@@ -24,6 +24,7 @@ from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
 
+NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False}
 COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
 
 
@@ -79,9 +80,8 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
                 if real is not None:
                     found["INC real"].append(score(adaptor.quantize_static(exported, real.split(common.BATCH))))
             if real is not None:
-                found["nearest, real"].append(
-                    score(common.reconstructed(exported, real, weight, activation, seed, options, iterations=0))
-                )
+                nearest = common.reconstructed(exported, real, weight, activation, seed, options, **NEAREST)
+                found["nearest, real"].append(score(nearest))
                 found["ours, real"].append(score(common.reconstructed(exported, real, weight, activation, seed, options)))
             began = time.perf_counter()
             found["ours, no data"].append(score(common.reconstructed(exported, synthetic, weight, activation, seed, options)))

@@ -1,7 +1,7 @@
 """Bit-exact hand-over of a reconstructed graph into the quantize-dequantize form that the x86 back ends take.
 
 Scales and zero points pass through observers that return them as they are; weights are written back as the float tensors
-that quantize to exactly the chosen integers. `convert_pt2e` then folds the weights to int8.
+that quantize to exactly the chosen integers, biases with their corrections. `convert_pt2e` then folds the weights to int8.
 
 Two things the back ends do not do by themselves:
   * A fused requantization saturates at 255, whatever `quant_max` says. Below 8 bits the upper clamp is therefore written
@@ -22,7 +22,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 from inc_clusterq.deployment.shapes import record_shapes
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.graph import replace_observers
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, write_corrections
 from inc_clusterq.reconstruction.ranges import signed_levels
 
 aten = torch.ops.aten
@@ -65,6 +65,7 @@ def convert(quantized: QuantizedGraph) -> fx.GraphModule:
                 owner, _, leaf = layer.weight.rpartition(".")
                 # A new parameter: the old one may still belong to the user's float model.
                 setattr(graph_module.get_submodule(owner), leaf, nn.Parameter(quantizer.deployed(), requires_grad=False))
+    write_corrections(quantized)
     replace_observers(graph_module, lambda name: _fixed(getattr(graph_module, name)))
     converted: fx.GraphModule = convert_pt2e(graph_module, fold_quantize=True)
     write_clamps(converted)

@@ -22,14 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from inc_clusterq.reconstruction.graph import Unit, attribute
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, Simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raised whenever the meaning of a file or the course of the optimisation changes
+FORMAT = 2  # raised whenever the meaning of a file or the course of the optimisation changes
 NOT_THE_UNITS = {"granularity", "top_k", "stack_layers", "stride_factor"}  # these choose units and do nothing else
 
 
@@ -86,7 +86,9 @@ class Chain:
             return
         state: dict[str, Tensor] = {}
         for name, quantizer in _named_quantizers(module):
-            if isinstance(quantizer, WeightQuantizer):
+            if isinstance(quantizer, BiasCorrection):
+                state[f"{name}.shift"] = quantizer.shift.cpu()
+            elif isinstance(quantizer, WeightQuantizer):
                 state[f"{name}.integers"] = quantizer.integers.to("cpu", torch.int8)
                 state[f"{name}.scale"] = quantizer.start_scale.cpu()
             else:
@@ -108,14 +110,16 @@ class Chain:
         return self.folder / f"{self.key}.safetensors"
 
 
-def _named_quantizers(module: nn.Module) -> list[tuple[str, ActivationQuantizer | WeightQuantizer]]:
-    """Each quantizer once, under the first of its names in graph order."""
+def _named_quantizers(module: nn.Module) -> list[tuple[str, Simulated]]:
+    """Each quantizer and bias correction once, under the first of its names in graph order."""
     named = module.named_modules()
-    return [(name, child) for name, child in named if isinstance(child, (ActivationQuantizer, WeightQuantizer))]
+    return [(name, child) for name, child in named if isinstance(child, (ActivationQuantizer, WeightQuantizer, BiasCorrection))]
 
 
-def _values(state: dict[str, Tensor], name: str, quantizer: ActivationQuantizer | WeightQuantizer) -> tuple[Any, Any]:
+def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[Any, ...]:
     """What `fix` takes, out of a file."""
+    if isinstance(quantizer, BiasCorrection):
+        return (state[f"{name}.shift"].to(quantizer.shift).reshape(quantizer.shift.shape),)
     scale = state[f"{name}.scale"]
     if isinstance(quantizer, WeightQuantizer):
         integers = state[f"{name}.integers"].to(quantizer.integers).reshape(quantizer.integers.shape)

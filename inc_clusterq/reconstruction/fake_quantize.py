@@ -6,6 +6,7 @@ learned zero point (LSQ+, arXiv 2004.09576), and random dropping of the quantiza
     x~ = x with probability p, ^x otherwise, element by element, while a unit is optimised.
 Weights: symmetric per channel, rounding learned (`rounding.py`); `joint` trains the step size too while the integers'
 floor B = floor(W / s0) stays frozen (Genie-M, arXiv 2212.04780).
+Biases: in float, with a correction that keeps the mean of the layer's output (DFQ, arXiv 1906.04721, Sec. 4.2).
 """
 
 from __future__ import annotations
@@ -171,6 +172,13 @@ class WeightQuantizer(nn.Module):
             return self.deployed()
         return (self.floor + soft_rounding(self.v)).clamp(*signed_levels(self.bits)) * self.scale
 
+    def restart(self, levels: Tensor, scale: Tensor) -> None:
+        """Begin at the real-valued `levels` (of W's shape) in units of `scale`; unless learned, they round to nearest."""
+        with torch.no_grad():
+            self.fix(levels.round().clamp(*signed_levels(self.bits)), scale)
+            self.floor.copy_(levels.floor())
+            self.v.copy_(initial_v(levels - levels.floor()))
+
     def harden(self, learned: bool) -> None:
         """Fix the integers, at the rounding that V has chosen if it was `learned`; they are what is deployed."""
         with torch.no_grad():
@@ -187,3 +195,54 @@ class WeightQuantizer(nn.Module):
     def deployed(self) -> Tensor:
         """The float tensor that quantizes to exactly the chosen integers."""
         return (self.integers * self.start_scale).detach()
+
+
+class BiasCorrection(nn.Module):
+    """What a layer's bias gets, so that the mean of the layer's output stays what it was in the float network:
+
+        b' = b + W m - ^W m^ + u c
+    with the means m and m^ of the layer's float and quantized input (one per weight of a row). While ^W is being learned
+    the bias follows it, so that a change of rounding costs no shift of the mean: without this the shift is all that the
+    gradient sees, since inputs behind a ReLU are far from centred. c is learned, u is its unit.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.mode = Mode.FLOAT
+        self.shift: Tensor
+        self.register_buffer("shift", torch.zeros_like(bias))
+        self.c = nn.Parameter(torch.zeros_like(bias))
+        self._unit, self._wanted, self._mean = torch.ones_like(bias), torch.zeros_like(bias), torch.empty(0)
+
+    def forward(self, bias: Tensor, weight: Tensor) -> Tensor:  # weight: as the layer gets it
+        if self.mode in (Mode.FLOAT, Mode.OBSERVE):
+            return bias
+        if self.mode is Mode.HARD or not len(self._mean):
+            return bias + self.shift
+        return bias + self._shift(weight)
+
+    def start(
+        self,
+        weight: Tensor,  # ^W to begin with
+        wanted: Tensor,  # W m, shape: (C,)
+        mean: Tensor,  # m^, shape: (groups, n)
+        unit: Tensor,  # u, shape: (C,)
+    ) -> None:
+        """Take the means of a layer's inputs."""
+        self._wanted, self._mean, self._unit = wanted, mean, unit
+        self.harden(weight)
+
+    def harden(self, weight: Tensor) -> None:
+        """Fix the correction for the weight that is deployed."""
+        if len(self._mean):
+            with torch.no_grad():
+                self.fix(self._shift(weight))
+
+    def fix(self, shift: Tensor) -> None:
+        """Set the correction to a known value; what was learned is in it."""
+        with torch.no_grad():
+            self.shift.copy_(shift)
+
+    def _shift(self, weight: Tensor) -> Tensor:
+        rows = weight.reshape(len(self._mean), -1, self._mean.shape[1])
+        return self._wanted - (rows @ self._mean[..., None]).flatten() + self._unit * self.c

@@ -65,6 +65,8 @@ class Layer:
     stride: int
     dilation: int
     shape: tuple[int, ...]
+    bias: str | None = None  # attribute that holds the bias
+    groups: int = 1
 
     @property
     def parameters(self) -> int:
@@ -135,8 +137,11 @@ def partition(graph_module: fx.GraphModule) -> list[Unit]:
     return _with_weights(graph_module, order[0], segments, active)
 
 
-def extract(graph_module: fx.GraphModule, unit: Unit) -> fx.GraphModule:
-    """The unit as a module of its own; parameters and quantizers are shared with `graph_module`."""
+def extract(graph_module: fx.GraphModule, unit: Unit, input_of: str | None = None) -> fx.GraphModule:
+    """The unit as a module of its own; parameters and quantizers are shared with `graph_module`.
+
+    With the node of one of its layers as `input_of` only what leads to that layer's input, which is then the output.
+    """
     source = {node.name: node for node in graph_module.graph.nodes}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {source[unit.start]: graph.placeholder("x")}
@@ -148,9 +153,13 @@ def extract(graph_module: fx.GraphModule, unit: Unit) -> fx.GraphModule:
             copies[node] = graph.node_copy(node, lambda argument: copies[argument])
         return copies[node]
 
-    for name in unit.nodes:
-        copy(source[name])
-    graph.output(copies[source[unit.end]])
+    if input_of is None:
+        for name in unit.nodes:
+            copy(source[name])
+        end = source[unit.end]
+    else:
+        end = source[input_of].all_input_nodes[0]
+    graph.output(copy(end))
     return fx.GraphModule(graph_module, graph)
 
 
@@ -209,7 +218,19 @@ def _layer(graph_module: fx.GraphModule, node: fx.Node) -> Layer:
     written = next((name for name in reversed(path) if name), node.name)
     stride, dilation, groups = _hyper_parameters(node)
     kind = "linear" if node.target is aten.linear.default else _convolution_kind(groups, tensor)
-    return Layer(_plain(written), str(weight.target), node.name, quantizer, kind, stride, dilation, tuple(tensor.shape))
+    bias = node.args[2] if len(node.args) > 2 else None
+    return Layer(
+        _plain(written),
+        str(weight.target),
+        node.name,
+        quantizer,
+        kind,
+        stride,
+        dilation,
+        tuple(tensor.shape),
+        str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None,
+        groups,
+    )
 
 
 def _plain(name: str) -> str:
@@ -229,15 +250,21 @@ def _hyper_parameters(node: fx.Node) -> tuple[int, int, int]:
     """Largest stride, largest dilation and groups of a convolution; ones for a linear operator."""
     if node.target is aten.linear.default:
         return 1, 1, 1
-    named: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        default = argument.default_value
-        named[argument.name] = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
+    named = named_arguments(node)
 
     def largest(value: Any) -> int:
         return int(max(value)) if isinstance(value, (list, tuple)) else int(value)
 
     return largest(named["stride"]), largest(named["dilation"]), int(named["groups"])
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an operator by name, defaults included."""
+    named: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        default = argument.default_value
+        named[argument.name] = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
+    return named
 
 
 def _longest_path(nodes: list[fx.Node], layers: tuple[Layer, ...]) -> tuple[str, ...]:

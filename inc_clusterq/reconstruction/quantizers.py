@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
 from inc_clusterq.reconstruction.bits import BitPlan, assign_bits
 from inc_clusterq.reconstruction.cleanup import make_cuttable
-from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.graph import (
     Layer,
     Unit,
@@ -22,6 +22,7 @@ from inc_clusterq.reconstruction.graph import (
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Quantizer = ActivationQuantizer | WeightQuantizer
+Simulated = Quantizer | BiasCorrection
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class QuantizedGraph:
     graph_module: fx.GraphModule
     units: tuple[Unit, ...]
     bits: dict[str, int]
+    corrections: dict[str, str] = field(default_factory=dict)  # bias -> its correction, attributes of the graph module
+
+    def correction(self, layer: Layer) -> BiasCorrection | None:
+        """The layer's bias correction; None where it has none."""
+        name = self.corrections.get(layer.bias or "")
+        return None if name is None else getattr(self.graph_module, name)
 
 
 def quantizers(module: nn.Module) -> Iterator[Quantizer]:
@@ -40,22 +47,29 @@ def quantizers(module: nn.Module) -> Iterator[Quantizer]:
             yield child
 
 
+def simulated(module: nn.Module) -> Iterator[Simulated]:
+    """Each quantizer and each bias correction of a module once, in graph order."""
+    for child in module.modules():
+        if isinstance(child, (ActivationQuantizer, WeightQuantizer, BiasCorrection)):
+            yield child
+
+
 def set_mode(module: nn.Module, mode: Mode) -> None:
-    """Put every quantizer of a module into one mode."""
-    for quantizer in quantizers(module):
-        quantizer.mode = mode
+    """Put everything simulated in a module into one mode."""
+    for part in simulated(module):
+        part.mode = mode
 
 
 @contextmanager
 def in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
-    """Every quantizer in `mode` for the length of a block, then as before."""
-    before = [(quantizer, quantizer.mode) for quantizer in quantizers(module)]
+    """Everything simulated in `mode` for the length of a block, then as before."""
+    before = [(part, part.mode) for part in simulated(module)]
     set_mode(module, mode)
     try:
         yield
     finally:
-        for quantizer, old in before:
-            quantizer.mode = old
+        for part, old in before:
+            part.mode = old
 
 
 def install_quantizers(graph_module: fx.GraphModule, plan: BitPlan, settings: ReconstructionSettings) -> QuantizedGraph:
@@ -82,7 +96,53 @@ def install_quantizers(graph_module: fx.GraphModule, plan: BitPlan, settings: Re
         return WeightQuantizer(tensor, bits[name], settings.range_norm, settings.learn_weight_scale)
 
     replace_observers(graph_module, make)
-    return QuantizedGraph(graph_module, tuple(units), bits)
+    layers = [layer for unit in units for layer in unit.layers if layer.quantizer]
+    corrections = _install_corrections(graph_module, layers) if settings.correct_bias else {}
+    return QuantizedGraph(graph_module, tuple(units), bits, corrections)
+
+
+def _install_corrections(graph_module: fx.GraphModule, layers: list[Layer]) -> dict[str, str]:
+    """Put a `BiasCorrection` behind every bias of `layers`.
+
+    A layer that is used twice is corrected once; a bias of layers with different weights would need several corrections,
+    and stays as it is.
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    weights: dict[str | None, set[str]] = {}
+    for layer in layers:
+        weights.setdefault(layer.bias, set()).add(layer.weight)
+    made: dict[str, str] = {}
+    for layer in layers:
+        if layer.bias is None or len(weights[layer.bias]) > 1:
+            continue
+        if layer.bias not in made:
+            made[layer.bias] = f"bias_correction_{len(made)}"
+            graph_module.add_submodule(made[layer.bias], BiasCorrection(attribute(graph_module, layer.bias).detach()))
+        operator = nodes[layer.node]
+        weight, bias = operator.args[1], operator.args[2]
+        with graph_module.graph.inserting_before(operator):
+            corrected = graph_module.graph.call_module(made[layer.bias], (bias, weight))
+        corrected.meta.update(bias.meta)
+        operator.update_arg(2, corrected)
+    graph_module.recompile()
+    return made
+
+
+def write_corrections(quantized: QuantizedGraph) -> None:
+    """Work the corrections into the biases and remove them from the graph."""
+    graph_module = quantized.graph_module
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and isinstance(getattr(graph_module, str(node.target), None), BiasCorrection):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    for bias, name in quantized.corrections.items():
+        with torch.no_grad():
+            # A new parameter: the old one may still belong to the user's float model.
+            corrected = nn.Parameter(attribute(graph_module, bias) + getattr(graph_module, name).shift, requires_grad=False)
+        owner, _, leaf = bias.rpartition(".")
+        setattr(graph_module.get_submodule(owner), leaf, corrected)
+        delattr(graph_module, name)
+    graph_module.recompile()
 
 
 @torch.no_grad()

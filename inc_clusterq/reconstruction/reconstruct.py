@@ -3,7 +3,8 @@
 Unit by unit, in order:   min over rounding and step sizes of  E || f_i(x~_i) - y_i ||^2 + lambda R(V)
 where y_i is the float network's output of unit i, and x~_i the unit's input as the quantized units before it make it,
 mixed element by element with the float input (QDrop). The squared error is summed over channels and averaged over
-batch and space. At the end of a unit the rounding is hard, and its outputs feed the next one.
+batch and space. Each unit begins at a rounding found layer by layer in closed form (`starting.py`), and goes back to it
+where learning has not lowered the loss. At the end of a unit the rounding is hard, and its outputs feed the next one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +23,7 @@ from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.dropping import draw_mask
-from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.granularity import differences, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Unit, extract
 from inc_clusterq.reconstruction.quantizers import (
@@ -30,9 +32,11 @@ from inc_clusterq.reconstruction.quantizers import (
     initialise_activations,
     quantizers,
     set_mode,
+    simulated,
 )
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.reconstruction.starting import start_unit
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +142,10 @@ class _Loop:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
                     flow = _Flow(float_inputs, quantized_inputs, targets)
+                    start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(targets.device), stage, label, settled)
                     chain.keep(module)
-                settled.update(quantizers(module))
+                settled.update(simulated(module))
                 outputs = _forward(module, quantized_inputs, Mode.HARD)
                 loss = float(reconstruction_loss(outputs, targets))
                 power = float(reconstruction_loss(targets, torch.zeros_like(targets)))
@@ -176,33 +181,55 @@ def optimise(
     label: str,
     settled: set[nn.Module],
 ) -> None:
-    """Learn rounding and step sizes of one unit, and leave them hard.
+    """Learn rounding, step sizes and biases of one unit, and leave them hard.
 
-    A quantizer that a unit before this one has `settled` stays: the host may share it, and its first unit relies on it.
+    What a unit before this one has `settled` stays: the host may share a quantizer, and its first unit relies on it.
     """
-    learned = nn.ModuleList(quantizer for quantizer in quantizers(module) if quantizer not in settled)
-    weights = [quantizer for quantizer in learned if isinstance(quantizer, WeightQuantizer)]
-    activations = [quantizer for quantizer in learned if isinstance(quantizer, ActivationQuantizer)]
-    if settings.iterations and len(learned):
-        with (
-            _learning(activations, settings.drop_probability, generator),
-            in_mode(module, Mode.HARD),
-            in_mode(learned, Mode.LEARN),
-            torch.enable_grad(),
-        ):
-            _descend(module, weights, activations, flow, settings, generator, stage, label)
-    elif settings.iterations:
+    learned = nn.ModuleList(part for part in simulated(module) if part not in settled)
+    if not settings.iterations:
+        _harden(module, learned, learned=False)
+        return
+    if not len(learned):
         stage.advance(settings.iterations, label)
-    for weight in weights:
-        weight.harden(learned=settings.iterations > 0)
-    for activation in activations:
-        activation.fix(*activation.deployed())
+        return
+    start = {name: tensor.clone() for name, tensor in learned.state_dict().items()}
+    start_loss = _hard_loss(module, flow)
+    activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
+    with (
+        _learning(activations, settings.drop_probability, generator),
+        in_mode(module, Mode.HARD),
+        in_mode(learned, Mode.LEARN),
+        torch.enable_grad(),
+    ):
+        _descend(module, learned, flow, settings, generator, stage, label)
+    _harden(module, learned, learned=True)
+    loss = _hard_loss(module, flow)
+    if not loss <= start_loss:
+        logger.debug("%s: learning raised the loss from %.4g to %.4g; the start is kept", label, start_loss, loss)
+        learned.load_state_dict(start)
+
+
+def _harden(module: fx.GraphModule, parts: nn.ModuleList, *, learned: bool) -> None:
+    """Fix what is deployed; corrections last, since they follow the weights."""
+    for part in parts:
+        if isinstance(part, WeightQuantizer):
+            part.harden(learned)
+        elif isinstance(part, ActivationQuantizer):
+            part.fix(*part.deployed())
+    for node in module.graph.nodes:
+        called = getattr(module, str(node.target), None) if node.op == "call_module" else None
+        if isinstance(called, BiasCorrection) and called in set(parts):
+            called.harden(getattr(module, str(node.args[1].target)).deployed())
+
+
+def _hard_loss(module: fx.GraphModule, flow: _Flow) -> float:
+    """The loss of the unit as it would be deployed now, over all calibration images."""
+    return float(reconstruction_loss(_forward(module, flow.quantized_inputs, Mode.HARD), flow.targets))
 
 
 def _descend(
     module: fx.GraphModule,
-    weights: list[WeightQuantizer],
-    activations: list[ActivationQuantizer],
+    learned: nn.ModuleList,
     flow: _Flow,
     settings: ReconstructionSettings,
     generator: torch.Generator,
@@ -210,12 +237,19 @@ def _descend(
     label: str,
 ) -> None:
     steps, images = settings.iterations, len(flow.targets)
+    weights = [part for part in learned if isinstance(part, WeightQuantizer)]
+    activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
+    biases = [part.c for part in learned if isinstance(part, BiasCorrection)]
     # The host leaves some operators' weights in float (transposed convolutions), and an optimiser wants a tensor.
     rounding = torch.optim.Adam([weight.v for weight in weights] or [torch.zeros(())], lr=settings.weight_learning_rate)
     scales = [activation.scale_shift for activation in activations]
     scales += [activation.zero_point_shift for activation in activations if not activation.one_sided]
     scales += [weight.scale_shift for weight in weights if weight.joint]
-    stepping = torch.optim.Adam(scales or [torch.zeros(())], lr=settings.activation_learning_rate)
+    groups: list[dict[str, Any]] = [
+        {"params": scales or [torch.zeros(())], "lr": settings.activation_learning_rate},
+        {"params": biases, "lr": settings.bias_learning_rate},
+    ]
+    stepping = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepping, T_max=steps)
     report_every = max(1, steps // 20)
     for step in range(steps):

@@ -44,6 +44,19 @@ class ReconstructionSettings(BaseModel):
         description="Most bits that any weight gets, those of the first and last layer included. "
         "`quantization.reduce_range` sets it to 7.",
     )
+    start: Literal["nearest", "second_order"] = Field(
+        "second_order",
+        description="Where the rounding begins: at the nearest integers (AdaRound), or layer by layer at those of least output "
+        "error by the second moments of the layer's input (as GPTQ), with the weight's step size chosen in the same way.",
+    )
+    correct_bias: bool = Field(
+        True,
+        description="Let each bias make up for what quantization does to the mean of its layer's output (DFQ, Sec. 4.2), "
+        "and learn the rest.",
+    )
+    bias_learning_rate: float = Field(
+        1e-3, ge=0, le=1, description="Adam step on biases, relative to the deviation of the layer's output, cosine decay."
+    )
     iterations: int = Field(1000, ge=0, le=100_000, description="Optimisation steps per unit (released code: 20000).")
     batch_size: int = Field(32, ge=1, le=4096, description="Images per step (QDrop: 32).")
     weight_learning_rate: float = Field(

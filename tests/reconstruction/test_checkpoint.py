@@ -55,7 +55,9 @@ class Job:
         graph = self.quantized(self.name, settings)
         report = reconstruct(graph, self.inputs, settings, seed=seed, store=UnitStore(folder), progress=progress)
         state = graph.graph_module.state_dict()
-        deployed = {key: value for key, value in state.items() if key.endswith(("integers", "start_scale", "start_zero_point"))}
+        deployed = {
+            key: value for key, value in state.items() if key.endswith(("integers", "start_scale", "start_zero_point", "shift"))
+        }
         with torch.no_grad():
             return report, deployed, graph.graph_module(self.inputs)
 

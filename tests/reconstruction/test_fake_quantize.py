@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
 
 NORM = 2.4
 SCALE = 0.1  # not a power of two, so that rounding errors show
@@ -215,3 +215,29 @@ def test_a_learned_step_is_handed_over_with_the_integers_it_was_learned_for(weig
     assert torch.equal(quantizer.integers, integers)
     torch.testing.assert_close(quantizer.start_scale, before * torch.tensor(0.5).exp())
     assert torch.equal(requantized(quantizer, 3), quantizer.integers.to(torch.int8))
+
+
+def test_a_bias_follows_the_weight_while_it_is_learned_and_stays_afterwards() -> None:
+    weight, bias, mean = torch.randn(4, 3), torch.randn(4), torch.rand(1, 3)
+    correction = BiasCorrection(bias)
+    correction.start(weight + 1, wanted=weight @ mean[0], mean=mean, unit=torch.ones(4))
+    correction.mode = Mode.FLOAT
+    assert torch.equal(correction(bias, weight), bias)
+    for mode, changed in ((Mode.HARD, weight + 1), (Mode.LEARN, weight + 1), (Mode.LEARN, weight * 3)):
+        correction.mode = mode
+        torch.testing.assert_close(changed @ mean[0] + correction(bias, changed), weight @ mean[0] + bias)
+    with torch.no_grad():
+        correction.c.fill_(0.5)
+    correction.harden(weight * 3)
+    correction.mode = Mode.HARD
+    torch.testing.assert_close(weight * 3 @ mean[0] + correction(bias, weight * 7), weight @ mean[0] + bias + 0.5)
+
+
+def test_a_restarted_weight_begins_at_the_given_levels() -> None:
+    quantizer = WeightQuantizer(torch.randn(3, 4), 3, NORM)
+    levels, scale = torch.tensor([[-4.2, -0.3, 0.2, 3.3]]).repeat(3, 1), torch.tensor([0.5, 1.0, 2.0])
+    quantizer.restart(levels, scale)
+    quantizer.mode = Mode.HARD
+    assert torch.equal(quantizer(torch.zeros(3, 4)), torch.tensor([-4.0, 0.0, 0.0, 3.0]) * scale[:, None])
+    quantizer.mode = Mode.LEARN
+    torch.testing.assert_close(quantizer(torch.zeros(3, 4)), levels.clamp(-4, 3) * scale[:, None])

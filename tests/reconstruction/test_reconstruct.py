@@ -55,14 +55,14 @@ def test_the_loss_is_summed_over_channels_and_averaged_over_the_rest() -> None:
 @pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "squeeze_excite", "concat"])
 def test_optimisation_lowers_the_loss_of_rounding_to_nearest(run: Run, network: Network, quick: Quick, name: str) -> None:
     _, inputs = network(name)
-    nearest, plain, _ = run(name, quick(iterations=0))
+    nearest, plain, _ = run(name, quick(iterations=0, start="nearest", correct_bias=False))
     learned, graph, _ = run(name, quick(iterations=150, warm_up=0.1))
     assert sum(unit.relative_loss for unit in learned.units) < sum(unit.relative_loss for unit in nearest.units)
     assert output_error(graph, inputs) < output_error(plain, inputs)
 
 
 def test_without_iterations_weights_are_rounded_to_nearest(run: Run, quick: Quick) -> None:
-    _, graph, _ = run("chain", quick(iterations=0))
+    _, graph, _ = run("chain", quick(iterations=0, start="nearest"))
     weights = dict(graph.graph_module.named_parameters())
     for unit in graph.units:
         for layer in unit.layers:
@@ -71,6 +71,33 @@ def test_without_iterations_weights_are_rounded_to_nearest(run: Run, quick: Quic
             lowest, highest = -(2 ** (quantizer.bits - 1)), 2 ** (quantizer.bits - 1) - 1
             expected = (weights[layer.weight] / quantizer.start_scale).round().clamp(lowest, highest)
             assert torch.equal(quantizer.integers, expected)
+
+
+@pytest.mark.parametrize("start", ["nearest", "second_order"])
+def test_biases_keep_the_mean_of_the_output(run: Run, network: Network, quick: Quick, start: str) -> None:
+    module, inputs = network("chain")
+    with torch.no_grad():
+        expected = module(inputs).mean(0)
+    _, _, corrected = run("chain", quick(iterations=0, start=start))
+    _, _, plain = run("chain", quick(iterations=0, start=start, correct_bias=False))
+    torch.testing.assert_close(corrected.mean(0), expected, rtol=1e-3, atol=1e-4)
+    assert (plain.mean(0) - expected).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("name", ["chain", "depthwise", "squeeze_excite"])
+def test_the_second_order_start_is_better_than_rounding_to_nearest(run: Run, network: Network, quick: Quick, name: str) -> None:
+    _, inputs = network(name)
+    _, nearest, _ = run(name, quick(iterations=0, start="nearest"))
+    _, found, _ = run(name, quick(iterations=0))
+    assert output_error(found, inputs) < output_error(nearest, inputs)
+
+
+def test_a_unit_that_learning_has_made_worse_goes_back_to_its_start(run: Run, quick: Quick) -> None:
+    wild = {"iterations": 3, "weight_learning_rate": 1.0, "activation_learning_rate": 1.0, "bias_learning_rate": 1.0}
+    start, _, outputs = run("depthwise", quick(iterations=0, granularity="layer"))
+    learned, _, found = run("depthwise", quick(granularity="layer", **wild))
+    assert [unit.loss for unit in learned.units] == [unit.loss for unit in start.units]
+    assert torch.equal(found, outputs)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block", "modcap", "loss"])
@@ -200,6 +227,9 @@ def test_units_of_every_kind_can_be_optimised(run: Run, quick: Quick, name: str)
         {"warm_up": 0.0},
         {"activation_learning_rate": 0.0},
         {"rounding_weight": 0.0},
+        {"bias_learning_rate": 0.0},
+        {"correct_bias": False},
+        {"start": "nearest"},
         {"iterations": 1},
         {"batch_size": 1},
     ],

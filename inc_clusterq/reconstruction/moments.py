@@ -1,0 +1,94 @@
+"""First and second moments of a layer's inputs, float and quantized, over all calibration images and positions.
+
+A convolution is a product of its weights with columns: the input values under the kernel at one position. A group of G has n
+of them, for a depthwise convolution the 9 of its one channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from inc_clusterq.reconstruction.fake_quantize import Mode
+from inc_clusterq.reconstruction.graph import Layer, Unit, extract, named_arguments
+from inc_clusterq.reconstruction.quantizers import in_mode
+
+VALUES_AT_ONCE = 2**24  # of the columns, so that memory stays bounded
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the quantized input x^ and the float input x of one layer, in double precision."""
+
+    covariance: Tensor  # Cov(x^), shape: (G, n, n)
+    cross: Tensor  # Cov(x^, x), shape: (G, n, n)
+    mean: Tensor  # E x^, shape: (G, n)
+    float_mean: Tensor  # E x, shape: (G, n)
+    samples: int  # columns that were seen
+
+
+def has_columns(layer: Layer) -> bool:
+    """Whether `columns` knows the layer's operator."""
+    return layer.kind == "linear" or len(layer.shape) in (3, 4)
+
+
+@torch.no_grad()
+def collect(
+    graph_module: fx.GraphModule,
+    unit: Unit,
+    layer: Layer,
+    float_inputs: Tensor,  # of the unit, shape: (N, ...)
+    quantized_inputs: Tensor,
+    batch_size: int,
+) -> Moments:
+    """Moments of the inputs of one layer of `unit`; the quantized one passes the layers before it as they now are."""
+    operator = next(node for node in graph_module.graph.nodes if node.name == layer.node)
+    before = extract(graph_module, unit, input_of=layer.node)
+    covariance = cross = mean = float_mean = torch.zeros((), dtype=torch.float64, device=float_inputs.device)
+    samples = 0
+    for float_batch, quantized_batch in zip(float_inputs.split(batch_size), quantized_inputs.split(batch_size), strict=True):
+        with in_mode(before, Mode.FLOAT):
+            x = before(float_batch)
+        with in_mode(before, Mode.HARD):
+            quantized = before(quantized_batch)
+        for one, other in zip(_pieces(x, layer), _pieces(quantized, layer), strict=True):
+            a, b = columns(one, layer, operator), columns(other, layer, operator)
+            # Products in single precision, sums of them in double: the first are as good as free, the second long.
+            covariance, cross = covariance + (b @ b.mT).double(), cross + (b @ a.mT).double()
+            mean, float_mean = mean + b.sum(-1).double(), float_mean + a.sum(-1).double()
+            samples += a.shape[-1]
+    mean, float_mean = mean / samples, float_mean / samples
+    return Moments(
+        covariance / samples - mean[..., None] * mean[:, None],
+        cross / samples - mean[..., None] * float_mean[:, None],
+        mean,
+        float_mean,
+        samples,
+    )
+
+
+def columns(x: Tensor, layer: Layer, operator: fx.Node) -> Tensor:
+    """Columns of a layer's input (N, C, ...), shape: (G, n, positions)."""
+    if layer.kind == "linear":
+        return x.reshape(1, -1, x.shape[-1]).mT
+    named = named_arguments(operator)
+    kernel, stride, padding, dilation = layer.shape[2:], *(tuple(named[key]) for key in ("stride", "padding", "dilation"))
+    if len(kernel) == 1:
+        x, kernel, stride, padding, dilation = x[:, :, None], (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
+    if kernel == (1, 1) and padding == (0, 0):
+        found = x[:, :, :: stride[0], :: stride[1]].flatten(2)
+    else:
+        found = functional.unfold(x, kernel, dilation, padding, stride)
+    images, _, positions = found.shape
+    found = found.reshape(images, layer.groups, -1, positions)
+    return found.permute(1, 2, 0, 3).reshape(layer.groups, -1, images * positions)
+
+
+def _pieces(x: Tensor, layer: Layer) -> tuple[Tensor, ...]:
+    """The images of a batch, as many at once as memory allows."""
+    overlap = 1 if layer.kind == "linear" else torch.Size(layer.shape[2:]).numel()
+    pieces: tuple[Tensor, ...] = x.split(max(1, VALUES_AT_ONCE // (x[0].numel() * overlap)))
+    return pieces

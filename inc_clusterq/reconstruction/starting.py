@@ -1,0 +1,51 @@
+"""Where the optimisation of a unit begins: its rounding, its step sizes and its biases, layer by layer in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.reconstruction.graph import Unit, attribute
+from inc_clusterq.reconstruction.moments import collect, has_columns
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph
+from inc_clusterq.reconstruction.second_order import best_rounding
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+# The soft weights begin this share of the way from the integers to the real values that these stand for: near enough to the
+# integers that the loss is theirs, and on the side to which a change of rounding would be cheapest.
+SOFTNESS = 0.3
+HALF = 0.499  # at most: farther away is nearer to another integer
+
+
+@torch.no_grad()
+def start_unit(
+    quantized: QuantizedGraph,
+    unit: Unit,
+    float_inputs: Tensor,  # of the unit, shape: (N, ...)
+    quantized_inputs: Tensor,
+    settings: ReconstructionSettings,
+    settled: set[nn.Module],
+    batch_size: int,
+) -> None:
+    """Set the weights' quantizers and the bias corrections of a unit; what is `settled` stays as it is."""
+    if settings.start == "nearest" and not settings.correct_bias:
+        return
+    graph_module, done = quantized.graph_module, set(settled)
+    for layer in unit.layers:
+        quantizer = getattr(graph_module, layer.quantizer) if layer.quantizer else None
+        if quantizer is None or quantizer in done or not has_columns(layer):
+            continue
+        done.add(quantizer)
+        moments = collect(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
+        weight = attribute(graph_module, layer.weight)
+        rows = weight.double().reshape(layer.groups, -1, moments.mean.shape[-1])
+        if settings.start == "second_order":
+            integers, scale, levels = best_rounding(rows, moments, quantizer.bits)
+            levels = integers + SOFTNESS * (levels - integers).clamp(-HALF, HALF)
+            quantizer.restart(levels.reshape(weight.shape).to(weight.dtype), scale.flatten().to(weight.dtype))
+        correction = quantized.correction(layer)
+        if correction is not None and correction not in done:
+            done.add(correction)
+            wanted = (rows @ moments.float_mean[..., None]).flatten()
+            deviation = ((rows @ moments.covariance) * rows).sum(-1).clamp_min(0).sqrt().flatten()
+            correction.start(quantizer.deployed(), *(tensor.to(weight.dtype) for tensor in (wanted, moments.mean, deviation)))
