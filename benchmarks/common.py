@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits, fingerprint
@@ -152,10 +153,11 @@ def input_spec(normalise: Callable[[Tensor], Tensor], like: Tensor, *, is_image:
 
 
 def top1(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 50) -> float:
-    """Percentage of labels predicted."""
+    """Percentage of labels predicted; quantized models compute as the int8 kernels do."""
+    deployed = kernel_arithmetic(model)
     with torch.no_grad():
         pairs = zip(inputs.split(batch), labels.split(batch), strict=True)
-        return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels)
+        return 100 * sum(int((deployed(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels)
 
 
 def reconstructed(
