@@ -21,7 +21,7 @@ Quantized = Callable[..., QuantizedGraph]
 def assert_columns_are_what_the_operator_multiplies(graph_module: fx.GraphModule, layer: Layer, x: Tensor) -> None:
     operator = next(node for node in graph_module.graph.nodes if node.name == layer.node)
     weight = attribute(graph_module, layer.weight)
-    expected = operator.target(x, weight, None, *operator.args[3:])  # type: ignore[operator]
+    expected = operator.target(x, weight, None, *operator.args[3:])
     found = columns(x, layer, operator)
     product = weight.reshape(layer.groups, -1, found.shape[1]) @ found
     shape = (x.shape[0], *expected.shape[2:]) if layer.kind != "linear" else (x.shape[0],)
