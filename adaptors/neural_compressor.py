@@ -148,6 +148,7 @@ def _config(trial: Trial, request: TuningRequest, workspace: Path | None) -> MRE
         granularity=settings.pop("granularity") or "modcap",
         fallback_units=trial.fallback_units,
         layer_bits={name: (bits.weight, bits.activation) for name, bits in request.layers.items()},
+        kind_bits={kind: (bits.weight, bits.activation) for kind, bits in request.kinds.items()},
         seed=request.seed,
         workspace=str(workspace) if workspace else None,
         settings=settings,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -33,6 +33,7 @@ from inc_clusterq.errors import ModelError
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.granularity import explicit_units
 from inc_clusterq.reconstruction.quantizers import install_quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 
@@ -162,6 +163,7 @@ def _reconstruct(
         parameter.requires_grad_(False)
     try:
         quantized = install_quantizers(prepared, plan, settings)
+        explicit_units(quantized.units, settings.explicit_units)  # units that the graph cannot have are said at once
     except ValueError as error:
         raise ModelError(str(error)) from error
     _assert_unchanged(prepared, calibration)
@@ -192,4 +194,4 @@ def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int) ->
     candidates = [unit for unit in reconstruction.units if unit.lowest_bits < FULL_BITS]
     worst = sorted(candidates, key=lambda unit: -unit.relative_loss)[:units]
     raised = {name: LayerBits(FULL_BITS, FULL_BITS) for unit in worst for name in unit.layers}
-    return BitPlan(plan.weight, plan.activation, plan.edge, {**plan.layers, **raised})
+    return replace(plan, layers={**plan.layers, **raised})

@@ -18,6 +18,7 @@ from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 ALGORITHM = "mrecg"
+KINDS = ("dense", "depthwise", "grouped", "linear")
 WIDTHS = range(2, 9)  # bits that the kernels' int8 can hold
 BOOKKEEPING = {
     "params_list",
@@ -45,9 +46,10 @@ class MRECGConfig(TorchBaseConfig):
     Args:
         w_bits: bits of the weights, 2 to 8, symmetric per channel.
         act_bits: bits of the activations, 2 to 8, unsigned affine per tensor.
-        granularity: "layer", "block", "modcap" or "loss"; see `ReconstructionSettings`.
+        granularity: "layer", "block", "modcap", "loss" or "explicit"; see `ReconstructionSettings`.
         fallback_units: this many units, those with the largest relative loss, get 8 bits.
         layer_bits: exact module name -> (weight bits, activation bits); None in a place: as the rest.
+        kind_bits: the same for all layers of a kind: "dense", "depthwise", "grouped" or "linear"; `layer_bits` is stronger.
         preset: effort, "fast", "balanced" or "best"; the keys below override it.
         seed: all randomness of the reconstruction flows from it.
         workspace: folder of finished units, for resuming; None keeps nothing.
@@ -67,6 +69,7 @@ class MRECGConfig(TorchBaseConfig):
         granularity: str = "modcap",
         fallback_units: int = 0,
         layer_bits: dict[str, tuple[int | None, int | None]] | None = None,
+        kind_bits: dict[str, tuple[int | None, int | None]] | None = None,
         preset: str = "balanced",
         seed: int = 1978,
         workspace: str | None = None,
@@ -80,6 +83,7 @@ class MRECGConfig(TorchBaseConfig):
         self.granularity = granularity
         self.fallback_units = fallback_units
         self.layer_bits = layer_bits or {}
+        self.kind_bits = kind_bits or {}
         self.preset = preset
         self.seed = seed
         self.workspace = workspace
@@ -93,7 +97,7 @@ class MRECGConfig(TorchBaseConfig):
         fields = ReconstructionSettings.model_fields
         for key in kwargs:
             if key not in fields and key not in BOOKKEEPING:
-                near = get_close_matches(key, [*fields, "w_bits", "act_bits", "layer_bits", "fallback_units"], 1)
+                near = get_close_matches(key, [*fields, "w_bits", "act_bits", "layer_bits", "kind_bits", "fallback_units"], 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"MRECGConfig has no key {key!r}{hint}")
         return {key: value for key, value in kwargs.items() if key in fields}
@@ -106,11 +110,13 @@ class MRECGConfig(TorchBaseConfig):
                     raise ValueError(f"{key} is {bits!r}; it must be a whole number from 2 to 8")
         if not (isinstance(self.fallback_units, list) or self.fallback_units >= 0):
             raise ValueError(f"fallback_units is {self.fallback_units!r}; it must be a whole number from 0")
-        for name, pair in self.layer_bits.items():
+        for kind in self.kind_bits:
+            if kind not in KINDS:
+                raise ValueError(f"kind_bits names {kind!r}; it must be one of {', '.join(KINDS)}")
+        for name, pair in [*self.layer_bits.items(), *self.kind_bits.items()]:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(bits in (None, *WIDTHS) for bits in pair)):
                 raise ValueError(
-                    f"layer_bits of {name!r} is {pair!r}; it must be a pair (weight bits, activation bits), "
-                    "each from 2 to 8 or None"
+                    f"bits of {name!r} is {pair!r}; it must be a pair (weight bits, activation bits), each from 2 to 8 or None"
                 )
         if not isinstance(self.preset, list) and self.preset not in ReconstructionSettings.PRESETS:
             raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(ReconstructionSettings.PRESETS)}")
@@ -125,7 +131,8 @@ class MRECGConfig(TorchBaseConfig):
     def bit_plan(self) -> BitPlan:
         """Bits as the reconstruction takes them."""
         layers = {name: LayerBits(*bits) for name, bits in self.layer_bits.items()}
-        return BitPlan(self.w_bits, self.act_bits, self.reconstruction_settings().edge_bits, layers)
+        kinds = {kind: LayerBits(*bits) for kind, bits in self.kind_bits.items()}
+        return BitPlan(self.w_bits, self.act_bits, self.reconstruction_settings().edge_bits, layers, kinds)
 
     def to_dict(self) -> dict[str, Any]:
         """What the host logs and saves: without its own bookkeeping and without paths of this machine."""

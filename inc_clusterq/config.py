@@ -34,6 +34,7 @@ from inc_clusterq.yaml_file import read_yaml
 Settings = TypeVar("Settings", ClusterQSettings, ReconstructionSettings)
 Name = Annotated[str, StringConstraints(min_length=1)]
 Preset = Literal["fast", "balanced", "best"]
+Kind = Literal["dense", "depthwise", "grouped", "linear"]
 
 
 class Section(BaseModel):
@@ -126,10 +127,10 @@ class ModelWise(Section):
 
 
 class OpWise(Section):
-    """Widths of one layer."""
+    """Widths of one layer, or of all layers of a kind."""
 
-    weight: Bits | None = Field(None, description="Weights of this layer; empty: as `model_wise`.")
-    activation: Bits | None = Field(None, description="Input of this layer; empty: as `model_wise`.")
+    weight: Bits | None = Field(None, description="Weights; empty: as `model_wise`.")
+    activation: Bits | None = Field(None, description="Input; empty: as `model_wise`.")
 
 
 class DatasetConfig(Section):
@@ -160,6 +161,11 @@ class QuantizationConfig(Section):
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="The synthetic calibration set.")
     model_wise: ModelWise = Field(ModelWise(), description="Widths of the whole model; `bits` is the short form.")
     op_wise: dict[str, OpWise] = Field({}, description="Widths of single layers, by exact module name.")
+    optype_wise: dict[Kind, OpWise] = Field(
+        {},
+        description="Widths of all layers of a kind: `dense`, `depthwise` and `grouped` convolutions, `linear`. First and last "
+        "layer are no exception; `op_wise` is stronger.",
+    )
     reduce_range: bool | Literal["auto"] = Field(
         "auto",
         description="Keep all weights to 7 bits, for processors without VNNI, whose 8-bit kernels overflow on 8-bit weights. "

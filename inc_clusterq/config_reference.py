@@ -63,7 +63,8 @@ def _type(form: dict[str, Any]) -> str:
         return "mapping"
     if form.get("type") == "array":
         members = form.get("items") or form["prefixItems"][0]
-        return f"list of {_type(members)}s"
+        inner = _type(members)
+        return f"list of lists{inner.removeprefix('list')}" if inner.startswith("list") else f"list of {inner}s"
     kind = {"string": "text", "boolean": "true or false"}.get(form["type"], form["type"])
     return ", ".join([str(kind), *_limits(form)])
 

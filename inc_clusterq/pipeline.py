@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from inc_clusterq.config import Config, QuantizationConfig
+from inc_clusterq.config import Config, OpWise, QuantizationConfig
 from inc_clusterq.cpu import SAFE_WEIGHT_BITS, cpu, overflows
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.deployment.inductor import Compiled, Latency, Parity, check_parity, compile_frozen, measure_latency
@@ -145,19 +145,20 @@ def _strategy(config: Config) -> Strategy:
 
 def _request(config: Config) -> TuningRequest:
     quantization = config.quantization
-    layers = {
-        name: LayerBits(widths.weight.bits if widths.weight else None, widths.activation.bits if widths.activation else None)
-        for name, widths in quantization.op_wise.items()
-    }
     return TuningRequest(
         weight_bits=quantization.model_wise.weight.bits,
         activation_bits=quantization.model_wise.activation.bits,
         settings=_within_range(quantization),
-        layers=layers,
+        layers={name: _layer_bits(widths) for name, widths in quantization.op_wise.items()},
+        kinds={kind: _layer_bits(widths) for kind, widths in quantization.optype_wise.items()},
         max_trials=config.tuning.exit_policy.max_trials,
         tolerable_loss=config.tuning.accuracy_criterion.relative,
         seed=config.tuning.random_seed,
     )
+
+
+def _layer_bits(widths: OpWise) -> LayerBits:
+    return LayerBits(widths.weight.bits if widths.weight else None, widths.activation.bits if widths.activation else None)
 
 
 def _within_range(quantization: QuantizationConfig) -> ReconstructionSettings:

@@ -31,6 +31,7 @@ class TuningRequest:
     activation_bits: int
     settings: ReconstructionSettings
     layers: Mapping[str, LayerBits] = field(default_factory=dict)
+    kinds: Mapping[str, LayerBits] = field(default_factory=dict)  # of all layers of a kind, see `Layer.kind`
     max_trials: int = 3
     tolerable_loss: float = 0.01  # relative to the float model's score, the host's criterion
     seed: int = 1978

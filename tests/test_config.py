@@ -99,6 +99,14 @@ def test_single_layers_have_their_own_widths(tmp_path: Path) -> None:
     assert layers["layer1.0.conv1"].activation is None
 
 
+def test_kinds_of_layers_have_their_own_widths_and_other_kinds_are_errors(tmp_path: Path) -> None:
+    kinds = load(tmp_path, quantization={"optype_wise": {"depthwise": {"weight": {"bits": 8}}}}).quantization.optype_wise
+    assert kinds["depthwise"].weight is not None
+    assert (kinds["depthwise"].weight.bits, kinds["depthwise"].activation) == (8, None)
+    with pytest.raises(ConfigError, match=r"\"depthwis\" is not allowed; it should be 'dense', 'depthwise'"):
+        load(tmp_path, quantization={"optype_wise": {"depthwis": {"weight": {"bits": 8}}}})
+
+
 def test_override_replaces_output_and_seed_and_nothing_else(tmp_path: Path) -> None:
     config = load(tmp_path, output="one")
     changed = config.override(output=Path("two"), seed=5)

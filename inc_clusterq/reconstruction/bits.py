@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from inc_clusterq.reconstruction.graph import Unit, is_observer
+from inc_clusterq.reconstruction.graph import Layer, Unit, is_observer
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,18 @@ class LayerBits:
 
 @dataclass(frozen=True)
 class BitPlan:
-    """What the user asked for: bits of the model, of its edges, and of single layers by module name."""
+    """What the user asked for: bits of the model, of its edges, of single layers by module name and of kinds of layers."""
 
     weight: int
     activation: int
     edge: int = 8
     layers: Mapping[str, LayerBits] = field(default_factory=dict)
+    kinds: Mapping[str, LayerBits] = field(default_factory=dict)
+
+    def asked(self, layer: Layer) -> LayerBits:
+        """What was asked for this very layer: by its name, else by its kind."""
+        named, kind = self.layers.get(layer.name, LayerBits()), self.kinds.get(layer.kind, LayerBits())
+        return LayerBits(named.weight or kind.weight, named.activation or kind.activation)
 
 
 def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) -> dict[str, int]:
@@ -51,14 +57,12 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
         if node.name in layers:
             layer = layers[node.name]
             edge = node.name in last or not before[node.name]
-            override = plan.layers.get(layer.name, LayerBits())
+            override = plan.asked(layer)
             if layer.quantizer:
                 bits[layer.quantizer] = override.weight or (max(plan.edge, plan.weight) if edge else plan.weight)
         elif is_observer(node) and node.name in before:
             edge = not before[node.name] or behind[node.name] <= last
-            asked = [
-                plan.layers[layers[name].name].activation for name in behind[node.name] if layers[name].name in plan.layers
-            ]
+            asked = [plan.asked(layers[name]).activation for name in behind[node.name]]
             wanted = max((value for value in asked if value), default=None)
             found = wanted or (max(plan.edge, plan.activation) if edge else plan.activation)
             # One observer may stand at several places (pooling keeps its input's scale): the finest request counts.

@@ -8,6 +8,8 @@ capacity is a loss; under ModCap a merged unit can no longer be compared, so a p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
 
 from inc_clusterq.reconstruction.graph import Unit, join
 
@@ -71,3 +73,35 @@ def merge_pairs(units: Sequence[Unit], pairs: Sequence[int]) -> list[Unit]:
         else:
             merged.append([unit])
     return [join(group) for group in merged]
+
+
+def explicit_units(units: Sequence[Unit], wanted: Sequence[Sequence[str]]) -> list[Unit]:
+    """The units that the user lists by the names of their layers; what is not listed stays as it is in `units`.
+
+    Raises:
+        ValueError: a name that the model does not have, a unit with a gap, or units that share a place of the graph.
+    """
+    place: dict[str, list[int]] = {}
+    for i, unit in enumerate(units):
+        for layer in unit.layers:
+            place.setdefault(layer.name, []).append(i)
+    pairs: list[int] = []
+    taken: dict[int, Sequence[str]] = {}
+    for names in wanted:
+        for name in names:
+            if name not in place:
+                near = get_close_matches(name, place, 3)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(place)}"
+                raise ValueError(f"explicit_units names {name!r}, which the model does not have; {hint}")
+        indices = sorted({i for name in names for i in place[name]})
+        for one, other in pairwise(indices):
+            if other != one + 1:
+                between = ", ".join(layer.name for i in range(one + 1, other) for layer in units[i].layers)
+                raise ValueError(f"the explicit unit {', '.join(names)} has a gap: {between} must belong to it too")
+        for i in indices:
+            if i in taken:
+                both = f"{', '.join(taken[i])} and {', '.join(names)}"
+                raise ValueError(f"the explicit units {both} share a part of the graph that cannot be cut; join them")
+            taken[i] = names
+        pairs += indices[:-1]
+    return merge_pairs(units, pairs)

@@ -24,7 +24,7 @@ from inc_clusterq.reconstruction.capacity import homogeneous, modcap
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.granularity import differences, merge_pairs, select_pairs, stack_chains
+from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Unit, extract
 from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
@@ -87,7 +87,7 @@ def reconstruct(
     """Optimise every unit of `quantized` in place and leave its quantizers in the mode that is deployed.
 
     Raises:
-        ValueError: no calibration images.
+        ValueError: no calibration images, or explicit units that the graph cannot have.
     """
     if len(inputs) == 0:
         raise ValueError("reconstruction needs calibration images; none were given")
@@ -100,6 +100,8 @@ def reconstruct(
         return Reconstruction(granularity, loop.run(quantized.units))
     if granularity == "block":
         return Reconstruction(granularity, loop.run(blocks))
+    if granularity == "explicit":
+        return Reconstruction(granularity, loop.run(explicit_units(quantized.units, settings.explicit_units)))
     if granularity == "modcap":
         capacities = [modcap(unit, quantized.bits, settings.stride_factor) for unit in blocks]
         pairs = select_pairs(differences(blocks, capacities, homogeneous), settings.top_k, chain=False)

@@ -121,8 +121,11 @@ def test_a_saved_configuration_tells_nothing_about_the_machine(tmp_path: Path) -
         ({"iterations": -1}, ValueError, "iterations"),
         ({"settings": {"iteration": 4}}, ValueError, "iteration"),
         ({"fallback_units": -1}, ValueError, "fallback_units is -1"),
-        ({"layer_bits": {"fc": (16, 8)}}, ValueError, r"layer_bits of 'fc' is \(16, 8\)"),
-        ({"layer_bits": {"fc": 4}}, ValueError, "layer_bits of 'fc' is 4; it must be a pair"),
+        ({"layer_bits": {"fc": (16, 8)}}, ValueError, r"bits of 'fc' is \(16, 8\)"),
+        ({"layer_bits": {"fc": 4}}, ValueError, "bits of 'fc' is 4; it must be a pair"),
+        ({"kind_bits": {"conv": (4, 8)}}, ValueError, "kind_bits names 'conv'; it must be one of dense, depthwise"),
+        ({"kind_bits": {"linear": (1, 8)}}, ValueError, r"bits of 'linear' is \(1, 8\)"),
+        ({"granularity": "explicit"}, ValueError, "needs `explicit_units`"),
         ({"white_list": ["fc"]}, ValueError, "layer_bits="),
     ],
 )

@@ -50,6 +50,14 @@ def test_a_layer_named_in_the_plan_gets_its_own_bits(prepared: Prepared) -> None
     assert inputs == {"stem.0": 8, "a.0": 4, "b.0": 4, "c.0": 7, "fc": 5}
 
 
+def test_layers_of_a_kind_get_its_bits_and_a_name_is_stronger(prepared: Prepared) -> None:
+    kinds = {"depthwise": LayerBits(8, 6), "linear": LayerBits(weight=3)}
+    plan = BitPlan(4, 4, layers={"dw2.0": LayerBits(activation=5), "pw1.0": LayerBits(weight=2)}, kinds=kinds)
+    weights, inputs = bits_of(prepared("depthwise"), plan)
+    assert weights == {"stem.0": 8, "dw1.0": 8, "pw1.0": 2, "dw2.0": 8, "pw2.0": 4, "fc": 3}
+    assert inputs == {"stem.0": 8, "dw1.0": 6, "pw1.0": 4, "dw2.0": 5, "pw2.0": 4, "fc": 8}
+
+
 def test_of_two_layers_that_read_one_tensor_the_finer_request_counts(prepared: Prepared) -> None:
     plan = BitPlan(4, 4, layers={"reduce.0": LayerBits(activation=5), "shortcut.0": LayerBits(activation=7)})
     _, inputs = bits_of(prepared("grouped"), plan)

@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from inc_clusterq.reconstruction.granularity import differences, merge_pairs, select_pairs, stack_chains
+from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Layer, Unit
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 
@@ -81,3 +81,34 @@ def test_a_stacked_unit_keeps_every_node_in_order(quantized: Callable[..., Quant
     stacked = stack_chains(units, 3)
     assert [node for unit in stacked for node in unit.nodes] == [node for unit in units for node in unit.nodes]
     assert [unit.start for unit in stacked] == [units[0].start, units[3].start]
+
+
+def test_explicit_units_are_those_of_the_list_and_the_rest_stays(quantized: Callable[..., QuantizedGraph]) -> None:
+    units = quantized("depthwise").units
+    found = explicit_units(units, [["pw1.0", "dw1.0"], ["pw2.0", "fc"]])
+    assert names(found) == ["stem.0", "dw1.0pw1.0", "dw2.0", "pw2.0fc"]
+    assert names(explicit_units(units, [["stem.0"]])) == names(list(units))
+
+
+def test_an_explicit_unit_takes_in_what_cannot_be_cut(quantized: Callable[..., QuantizedGraph]) -> None:
+    assert names(explicit_units(quantized("residual").units, [["one.conv2.0", "two.conv1.0"]])) == [
+        "stem.0",
+        "one.conv1.0one.conv2.0two.conv1.0two.conv2.0",
+        "fc",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([["dw1"]], r"'dw1', which the model does not have; did you mean dw1\.0"),
+        ([["nothing"]], r"it has: stem\.0, dw1\.0"),
+        ([["dw1.0", "dw2.0"]], r"dw1\.0, dw2\.0 has a gap: pw1\.0 must belong to it"),
+        ([["dw1.0", "pw1.0"], ["pw1.0", "dw2.0"]], "share a part of the graph"),
+    ],
+)
+def test_explicit_units_that_cannot_be_are_named(
+    quantized: Callable[..., QuantizedGraph], wanted: list[list[str]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        explicit_units(quantized("depthwise").units, wanted)

@@ -139,6 +139,18 @@ def test_units_are_those_of_the_granularity(run: Run, quick: Quick) -> None:
     assert layers(granularity="modcap", top_k=1, stack_layers=1) == ["stem.0", "dw1.0", "pw1.0", "dw2.0", "pw2.0", "fc"]
 
 
+def test_explicit_units_are_reconstructed_as_listed(run: Run, quick: Quick) -> None:
+    settings = quick(iterations=1, granularity="explicit", explicit_units=[["dw1.0", "pw1.0"]])
+    report, _, _ = run("depthwise", settings)
+    assert [" ".join(unit.layers) for unit in report.units] == ["stem.0", "dw1.0 pw1.0", "dw2.0", "pw2.0", "fc"]
+
+
+@pytest.mark.parametrize("keys", [{"granularity": "explicit"}, {"explicit_units": [["fc"]]}])
+def test_explicit_units_and_their_granularity_need_each_other(quick: Quick, keys: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="explicit_units"):
+        quick(**keys)
+
+
 def test_modcap_joins_the_homogeneous_neighbours_that_differ_most(run: Run, quick: Quick) -> None:
     report, _, _ = run("residual", quick(iterations=1, granularity="modcap", top_k=1))
     assert [" ".join(unit.layers) for unit in report.units] == [
