@@ -52,6 +52,7 @@ class Options:
     json: Path | None
     images: int = IMAGES
     sources: tuple[str, ...] = ()  # of the calibration images, where a script compares them
+    workspace: Path | None = None  # where synthetic sets are kept
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def parse(
     parser.add_argument("--limit", type=int, help="test images at most (default: all)")
     parser.add_argument("--preset", choices=("fast", "balanced", "best"), default="balanced", help="default balanced")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--workspace", type=Path, help="folder that keeps synthetic sets, so that another run finds them")
     if sources:
         parser.add_argument("--sources", default=sources, help=f"sources of images, of {', '.join(known)} (default {sources})")
         parser.add_argument("--images", type=int, default=IMAGES, help=f"calibration images (default {IMAGES})")
@@ -103,7 +105,8 @@ def parse(
     if images < 1:
         parser.error(f"--images is {images}; it must be at least 1")
     nets_given = tuple(given.nets.split(","))
-    return Options(Path(given.data), nets_given, pairs, numbers, given.limit, given.preset, given.json, images, chosen)
+    common = (Path(given.data), nets_given, pairs, numbers, given.limit, given.preset, given.json)
+    return Options(*common, images, chosen, given.workspace)
 
 
 def _is_width(text: str) -> bool:
