@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import config as inductor_config
 
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
@@ -17,6 +18,15 @@ from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
 from inc_clusterq.reconstruction.reconstruct import reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is taken from what other tests or processes have compiled."""
+    torch._dynamo.reset()
+    with inductor_config.patch(fx_graph_cache=False):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

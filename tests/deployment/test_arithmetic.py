@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor import config
 
 from inc_clusterq.deployment.arithmetic import KernelArithmetic, kernel_arithmetic
 from inc_clusterq.deployment.backend import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE
@@ -14,17 +13,10 @@ from inc_clusterq.deployment.inductor import compile_frozen
 from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.evaluation import predictions
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STRUCTURES = ("chain", "residual", "depthwise", "grouped", "concat", "shuffle", "in_place", "tied", "pooled", "padded")
 SavedResult = Callable[..., SavedModel]
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    with config.patch(fx_graph_cache=False):
-        yield
-    torch._dynamo.reset()
 
 
 def linear_program(

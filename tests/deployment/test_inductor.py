@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen, measure_latency
@@ -14,19 +13,11 @@ from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import DeploymentError
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STRUCTURES = ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "pooled", "padded"]
 STRUCTURES += ["transposed"]
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 Reconstructed = Callable[..., QuantizedGraph]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    """Nothing is taken from what other tests or processes have compiled."""
-    torch._dynamo.reset()
-    with config.patch(fx_graph_cache=False):
-        yield
-    torch._dynamo.reset()
 
 
 def compiled_with_code(model: nn.Module, example: Tensor) -> tuple[Compiled, str]:
