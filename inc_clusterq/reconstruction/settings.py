@@ -98,6 +98,12 @@ class ReconstructionSettings(BaseModel):
         0.5, ge=0, le=1, description="Chance that an element stays unquantized during optimisation (QDrop: 0.5)."
     )
     range_norm: float = Field(2.4, ge=1, le=8, description="p of the Lp error that initial scales minimise (AdaRound: 2.4).")
+    memory_budget: float = Field(
+        4.0,
+        ge=0,
+        description="Gigabytes that the inputs and outputs of a unit may take for all images; larger ones are kept in "
+        "memory-mapped files in the workspace. It changes no result.",
+    )
     edge_bits: int = Field(
         8,
         ge=2,

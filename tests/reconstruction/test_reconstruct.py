@@ -112,6 +112,15 @@ def test_the_same_seed_gives_the_same_model_to_the_bit(run: Run, quick: Quick, g
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("name", ["residual", "shuffle"])
+def test_mapped_inputs_and_targets_give_the_same_model_to_the_bit(run: Run, quick: Quick, tmp_path: Path, name: str) -> None:
+    report, _, outputs = run(name, quick(memory_budget=0), folder=tmp_path)
+    other, _, expected = run(name, quick())
+    assert torch.equal(outputs, expected)
+    assert [unit.loss for unit in report.units] == [unit.loss for unit in other.units]
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors"}
+
+
 def test_the_global_random_state_is_left_alone(run: Run, quick: Quick) -> None:
     before = torch.get_rng_state()
     run("chain", quick())
