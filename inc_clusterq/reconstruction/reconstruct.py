@@ -21,11 +21,12 @@ from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
-from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.checkpoint import Chain, UnitStore
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.fisher import fisher_weights
 from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
-from inc_clusterq.reconstruction.graph import Unit, extract
+from inc_clusterq.reconstruction.graph import Unit, extract, join
 from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
     in_mode,
@@ -75,6 +76,7 @@ class _Flow:
     float_inputs: Tensor
     quantized_inputs: Tensor
     targets: Tensor  # the float network's outputs of the unit
+    weights: Tensor | None = None  # of the loss, shape of the targets; None: 1
 
 
 def reconstruct(
@@ -146,7 +148,8 @@ class _Loop:
                 if resumed:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
-                    flow = _Flow(float_inputs, quantized_inputs, targets)
+                    weights = self._weights(units[number:], targets, chain, shelf)
+                    flow = _Flow(float_inputs, quantized_inputs, targets, weights)
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
                     chain.keep(module)
@@ -170,10 +173,18 @@ class _Loop:
         set_mode(self.quantized.graph_module, Mode.HARD)
         return tuple(reports)
 
+    def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
+        """Weights of the loss of the unit before `behind`, as the settings ask for."""
+        if self.settings.loss == "squared" or not self.settings.iterations:
+            return None
+        rest = extract(self.quantized.graph_module, join(list(behind))) if behind else None
+        return fisher_weights(rest, targets, chain.generator(self.inputs.device), FORWARD_BATCH, shelf)
 
-def reconstruction_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+
+def reconstruction_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """|| y - y' ||^2 summed over channels, mean over batch and space; shapes (N, C, ...)."""
-    return (outputs - targets).square().sum(1).mean()
+    error = (outputs - targets).square()
+    return (error if weights is None else error * weights).sum(1).mean()
 
 
 def optimise(
@@ -231,8 +242,9 @@ def _hard_loss(module: fx.GraphModule, flow: _Flow, device: torch.device) -> flo
     """The loss of the unit as it would be deployed now, over all calibration images."""
     total = 0.0
     with in_mode(module, Mode.HARD):
-        for x, y in zip(flow.quantized_inputs.split(FORWARD_BATCH), flow.targets.split(FORWARD_BATCH), strict=True):
-            total += float(reconstruction_loss(module(x.to(device)), y.to(device))) * len(x)
+        for chosen in torch.arange(len(flow.targets), device=device).split(FORWARD_BATCH):
+            outputs = module(_take(flow.quantized_inputs, chosen))
+            total += float(reconstruction_loss(outputs, _take(flow.targets, chosen), _weights(flow, chosen))) * len(chosen)
     return total / len(flow.targets)
 
 
@@ -274,7 +286,7 @@ def _descend(
     for step in range(steps):
         chosen = torch.randint(images, (min(settings.batch_size, images),), generator=generator, device=generator.device)
         x, y = _mixed(flow, chosen, settings.drop_probability, generator), _take(flow.targets, chosen)
-        loss = reconstruction_loss(module(x), y)
+        loss = reconstruction_loss(module(x), y, _weights(flow, chosen))
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
         if beta is not None:
@@ -295,6 +307,10 @@ def _mixed(flow: _Flow, chosen: Tensor, probability: float, generator: torch.Gen
     if not probability:
         return x
     return x.lerp_(_take(flow.float_inputs, chosen), draw_mask(x, probability, generator))
+
+
+def _weights(flow: _Flow, chosen: Tensor) -> Tensor | None:
+    return None if flow.weights is None else _take(flow.weights, chosen)
 
 
 def _take(tensor: Tensor, chosen: Tensor) -> Tensor:

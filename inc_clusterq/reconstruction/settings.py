@@ -94,6 +94,11 @@ class ReconstructionSettings(BaseModel):
     warm_up: float = Field(
         0.2, ge=0, lt=1, description="Share of the steps before the rounding regulariser sets in (AdaRound: 0.2)."
     )
+    loss: Literal["squared", "fisher"] = Field(
+        "squared",
+        description="Error of a unit's output: squared, or weighted with the Fisher information of each element (BRECQ), which "
+        "takes one more pass through the rest of the network per unit. For classifiers.",
+    )
     drop_probability: float = Field(
         0.5, ge=0, le=1, description="Chance that an element stays unquantized during optimisation (QDrop: 0.5)."
     )

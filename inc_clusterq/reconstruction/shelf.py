@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-AT_ONCE = 4  # tensors of all images that live at the same time: two inputs and two outputs of a unit
+AT_ONCE = 5  # tensors of all images that live at the same time: two inputs, two outputs and the loss weights of a unit
 
 
 @dataclass(frozen=True)

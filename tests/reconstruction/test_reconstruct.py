@@ -190,6 +190,16 @@ def test_the_loss_metric_takes_over_the_units_before_the_first_merge(run: Run, q
     assert torch.equal(outputs, run("chain", settings)[2])  # as without a folder
 
 
+@pytest.mark.parametrize("granularity", ["layer", "loss"])
+def test_the_fisher_weighted_loss_gives_another_model_and_the_same_one_again(run: Run, quick: Quick, granularity: str) -> None:
+    keys = {"granularity": granularity, "iterations": 40, "start": "nearest"}
+    _, _, first = run("residual", quick(loss="fisher", **keys))
+    _, _, second = run("residual", quick(loss="fisher", **keys))
+    _, _, squared = run("residual", quick(**keys))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, squared)
+
+
 def test_a_merge_of_nothing_is_the_base_pass(run: Run, quick: Quick) -> None:
     report, _, outputs = run("chain", quick(granularity="loss", top_k=0))
     assert report.units == report.base
@@ -251,6 +261,7 @@ def test_units_of_every_kind_can_be_optimised(run: Run, quick: Quick, name: str)
         {"bias_learning_rate": 0.0},
         {"correct_bias": False},
         {"start": "nearest"},
+        {"loss": "fisher"},
         {"iterations": 1},
         {"batch_size": 1},
     ],
