@@ -5,8 +5,8 @@ free, a row w of the weights wants integers q and a step s with
     min E (w'(x - m) - s q'(x^ - m^))^2 = (s q - w*)' A (s q - w*) + const,
     A = Cov(x^),   w* = A^-1 Cov(x^, x) w                         the float weights that suit the input that there is.
 Rounding column by column and moving each error on to the columns left is OBQ (arXiv 2208.11580) in the order of GPTQ
-(arXiv 2210.17323); passes of coordinate descent on the same quadratic follow. Every row is solved for several steps s, and
-the one of least error stays. Groups are solved side by side; a depthwise convolution is a group of n = 9 per channel.
+(arXiv 2210.17323). Every row is solved for several steps s, and the one of least error stays; passes of coordinate descent on
+the same quadratic follow. Groups are solved side by side; a depthwise convolution is a group of n = 9 per channel.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ def best_rounding(
     least = torch.full_like(full, torch.inf)
     for share in SHARES:
         found = round_columns(target, upper, full * share, lowest, highest)
-        found = descend(found, target, hessian, full * share, lowest, highest)
         error = quadratic(found * (full * share) - target, hessian)
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, full * share, scale)
         integers = torch.where(better, found, integers)
-    return integers, scale, target / scale
+    return descend(integers, target, hessian, scale, lowest, highest), scale, target / scale
 
 
 def adapted(weight: Tensor, moments: Moments) -> Tensor:

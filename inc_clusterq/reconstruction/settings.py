@@ -53,7 +53,8 @@ class ReconstructionSettings(BaseModel):
     start: Literal["nearest", "second_order"] = Field(
         "second_order",
         description="Where the rounding begins: at the nearest integers (AdaRound), or layer by layer at those of least output "
-        "error by the second moments of the layer's input (as GPTQ), with the weight's step size chosen in the same way.",
+        "error by the second moments of the layer's input (as GPTQ), with the weight's step size chosen in the same way. "
+        "Layers with more than 5000 weights per row begin at the nearest.",
     )
     correct_bias: bool = Field(
         True,
