@@ -89,8 +89,12 @@ def main() -> None:
 
 
 def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:
-    """Largest relative loss of a unit, and largest ratio of a unit's to that of the one before it."""
-    losses = [unit.relative_loss for unit in reconstruction.units]
+    """Largest relative loss of a unit, and largest ratio of a unit's to that of the one before it.
+
+    Units of 8 bits at the ends of the network are left out: next to them everything looks like a jump.
+    """
+    lowest = min(unit.lowest_bits for unit in reconstruction.units)
+    losses = [unit.relative_loss for unit in reconstruction.units if unit.lowest_bits == lowest]
     return max(losses), max((after / before for before, after in pairwise(losses) if before > 0), default=1.0)
 
 

@@ -105,7 +105,7 @@ def _deployed(entry: dict[str, Any], sizes: dict[str, int], model: str) -> list[
 
 
 def _reconstruction(records: list[dict[str, Any]]) -> str:
-    return "\n".join(map(_methods, records))
+    return "\n".join(map(_methods, records)) if records else "No figures have been recorded yet.\n"
 
 
 def _methods(record: dict[str, Any]) -> str:
