@@ -2,7 +2,7 @@
 
 Methods:
   nearest        rounding to nearest, ranges by Lp search
-  AdaRound       layer by layer
+  AdaRound       layer by layer, or by the smallest parts that the graph can be cut into: a residual block is one of them
   BRECQ          block by block, squared error
   QDrop          block by block, quantization dropped at random
   MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
