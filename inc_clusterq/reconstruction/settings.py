@@ -21,8 +21,8 @@ class ReconstructionSettings(BaseModel):
     granularity: Literal["layer", "block", "modcap", "loss", "explicit"] | None = Field(
         None,
         description="What is reconstructed jointly: single layers (AdaRound; parts that cannot be cut stay whole), residual "
-        "blocks (BRECQ), or blocks joined where their capacity differs most, by ModCap or by the loss of a base pass (MRECG); or the units of "
-        "`explicit_units`. Empty: the strategy decides.",
+        "blocks (BRECQ), or blocks joined where their capacity differs most, by ModCap or by the loss of a base pass (MRECG); "
+        "or the units of `explicit_units`. Empty: the strategy decides.",
     )
     explicit_units: tuple[tuple[str, ...], ...] = Field(
         (),
