@@ -1,6 +1,6 @@
-"""Write the tables of the docs and the README from the figures that `accuracy.py` and `deployment.py` have recorded.
+"""Write the tables of the docs and the README from the figures that the other scripts here have recorded.
 
-python benchmarks/tables.py            rewrite docs/accuracy.md, docs/deployment.md and README.md
+python benchmarks/tables.py            rewrite docs/accuracy.md, deployment.md, reconstruction.md and README.md
 python benchmarks/tables.py --check    exit with status 1 if it is not what the figures say
 """
 
@@ -29,6 +29,7 @@ def main() -> None:
     pages = (
         (ROOT / "docs" / "accuracy.md", _sections(records)),
         (ROOT / "docs" / "deployment.md", _deployment(deployed)),
+        (ROOT / "docs" / "reconstruction.md", _reconstruction(_records("reconstruction"))),
         (ROOT / "README.md", _summary(records)),
     )
     stale = False
@@ -79,6 +80,23 @@ def _deployment(records: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "```", *[record["command"] for record in records], "```", ""])
 
 
+def _reconstruction(records: list[dict[str, Any]]) -> str:
+    return "\n".join(map(_methods, records)) if records else "No figures have been recorded yet.\n"
+
+
+def _methods(record: dict[str, Any]) -> str:
+    measures = ("top1", "largest_loss", "largest_ratio", "seconds")
+    lines = []
+    for net, found in record["nets"].items():
+        lines += [f"## {net}, float {found['float']:.2f}", ""]
+        lines += [_row(["width", "method", "top 1", "largest loss", "largest ratio", "seconds"]), _row(["---"] * 6)]
+        for width, methods in found["widths"].items():
+            measured = {method: values for method, values in methods.items() if values["top1"]}
+            lines += [_row([width, method, *[_cell(values[key]) for key in measures]]) for method, values in measured.items()]
+        lines += ["", f"{found['splits'].capitalize()}."]
+    return "\n".join([*lines, *_conditions(record)])
+
+
 def _section(record: dict[str, Any]) -> str:
     lines = []
     for net, found in record["top1"].items():
@@ -88,15 +106,18 @@ def _section(record: dict[str, Any]) -> str:
         for width, by_column in found["top1"].items():
             lines.append(_row([width, *[_cell(by_column[column]) for column in columns]]))
         lines += ["", f"{found['splits'].capitalize()}."]
+    return "\n".join([*lines, *_conditions(record)])
+
+
+def _conditions(record: dict[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, record["seeds"]))
     environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
-    lines += [
+    return [
         f"{record['images']} calibration images; preset `{record['preset']}`; seeds {seeds}; {environment}.",
         "",
         f"`{record['command']}`",
         "",
     ]
-    return "\n".join(lines)
 
 
 def _cell(values: list[float]) -> str:

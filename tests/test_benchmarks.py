@@ -94,6 +94,18 @@ def cifar(split="test_first5000"):
 
 
 @pytest.mark.slow
+def test_the_reconstruction_benchmark_measures_every_method(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text(LOAD)
+    figures = tmp_path / "figures.json"
+    options = ("--nets", "mine", "--widths", "W4A4", "--seeds", "0", "--preset", "fast", "--json", str(figures))
+    done = run(root, "reconstruction.py", "--data", str(tmp_path), *options)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(figures.read_text())["nets"]["mine"]["widths"]["W4A4"]
+    assert list(measured) == ["nearest", "AdaRound", "BRECQ", "QDrop", "MRECG ModCap", "MRECG loss", "ours"]
+    assert all(len(values[measure]) == 1 for values in measured.values() for measure in values)
+
+
+@pytest.mark.slow
 def test_the_accuracy_benchmark_measures_other_networks_through_the_interface_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(LOAD)
     figures = tmp_path / "figures.json"

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from inc_clusterq.reconstruction.fake_quantize import Mode
-from inc_clusterq.reconstruction.graph import Layer, Unit, extract, named_arguments
+from inc_clusterq.reconstruction.graph import Layer, Unit, attribute, extract, named_arguments
 from inc_clusterq.reconstruction.quantizers import in_mode
 
 VALUES_AT_ONCE = 2**24  # of the columns, so that memory stays bounded
@@ -47,25 +47,32 @@ def collect(
     """Moments of the inputs of one layer of `unit`; the quantized one passes the layers before it as they now are."""
     operator = next(node for node in graph_module.graph.nodes if node.name == layer.node)
     before = extract(graph_module, unit, input_of=layer.node)
-    covariance = cross = mean = float_mean = torch.zeros((), dtype=torch.float64, device=float_inputs.device)
+    device = attribute(graph_module, layer.weight).device  # the inputs may be mapped
+    covariance = cross = mean = float_mean = torch.zeros((), dtype=torch.float64, device=device)
     samples = 0
+    middle: tuple[Tensor, Tensor] | None = None
     for float_batch, quantized_batch in zip(float_inputs.split(batch_size), quantized_inputs.split(batch_size), strict=True):
         with in_mode(before, Mode.FLOAT):
-            x = before(float_batch)
+            x = before(float_batch.to(device))
         with in_mode(before, Mode.HARD):
-            quantized = before(quantized_batch)
+            quantized = before(quantized_batch.to(device))
         for one, other in zip(_pieces(x, layer), _pieces(quantized, layer), strict=True):
             a, b = columns(one, layer, operator), columns(other, layer, operator)
+            if middle is None:
+                middle = a.mean(-1, keepdim=True), b.mean(-1, keepdim=True)
+            # About a rough mean, since single precision would lose a variance that is small against the mean's square.
+            a, b = a - middle[0], b - middle[1]
             # Products in single precision, sums of them in double: the first are as good as free, the second long.
             covariance, cross = covariance + (b @ b.mT).double(), cross + (b @ a.mT).double()
             mean, float_mean = mean + b.sum(-1).double(), float_mean + a.sum(-1).double()
             samples += a.shape[-1]
+    assert middle is not None
     mean, float_mean = mean / samples, float_mean / samples
     return Moments(
         covariance / samples - mean[..., None] * mean[:, None],
         cross / samples - mean[..., None] * float_mean[:, None],
-        mean,
-        float_mean,
+        mean + middle[1].squeeze(-1).double(),
+        float_mean + middle[0].squeeze(-1).double(),
         samples,
     )
 

@@ -21,11 +21,12 @@ from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
-from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.checkpoint import Chain, UnitStore
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.fisher import fisher_weights
 from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
-from inc_clusterq.reconstruction.graph import Unit, extract
+from inc_clusterq.reconstruction.graph import Unit, extract, join
 from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
     in_mode,
@@ -36,11 +37,13 @@ from inc_clusterq.reconstruction.quantizers import (
 )
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.reconstruction.shelf import Shelf
 from inc_clusterq.reconstruction.starting import start_unit
 
 logger = logging.getLogger(__name__)
 
 FORWARD_BATCH = 64  # images per forward pass outside the optimisation
+GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class _Flow:
     float_inputs: Tensor
     quantized_inputs: Tensor
     targets: Tensor  # the float network's outputs of the unit
+    weights: Tensor | None = None  # of the loss, shape of the targets; None: 1
 
 
 def reconstruct(
@@ -129,6 +133,7 @@ class _Loop:
     def run(self, units: Sequence[Unit]) -> tuple[UnitReport, ...]:
         """Reconstruct `units` in order, each from what the units before it hand on."""
         float_inputs = quantized_inputs = self.inputs
+        shelf = Shelf(self.settings.memory_budget * GIGABYTE, self.store.folder)
         chain = self.store.start(self.quantized, self.inputs, self.settings, self.seed)
         reports = []
         settled: set[nn.Module] = set()
@@ -136,21 +141,21 @@ class _Loop:
             for number, unit in enumerate(units, 1):
                 began = time.perf_counter()
                 module = extract(self.quantized.graph_module, unit)
-                targets = _forward(module, float_inputs, Mode.FLOAT)
+                targets = _forward(module, float_inputs, Mode.FLOAT, self.inputs.device, shelf)
                 chain = chain.next(unit)
                 label = f"unit {number}/{len(units)} {unit.name}"
                 resumed = chain.restore(module)
                 if resumed:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
-                    flow = _Flow(float_inputs, quantized_inputs, targets)
+                    weights = self._weights(units[number:], targets, chain, shelf)
+                    flow = _Flow(float_inputs, quantized_inputs, targets, weights)
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
-                    optimise(module, flow, self.settings, chain.generator(targets.device), stage, label, settled)
+                    optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
                     chain.keep(module)
                 settled.update(simulated(module))
-                outputs = _forward(module, quantized_inputs, Mode.HARD)
-                loss = float(reconstruction_loss(outputs, targets))
-                power = float(reconstruction_loss(targets, torch.zeros_like(targets)))
+                outputs = _forward(module, quantized_inputs, Mode.HARD, self.inputs.device, shelf)
+                loss, power = _mean_loss(outputs, targets), _mean_loss(None, targets)
                 reports.append(
                     UnitReport(
                         unit.name,
@@ -168,10 +173,18 @@ class _Loop:
         set_mode(self.quantized.graph_module, Mode.HARD)
         return tuple(reports)
 
+    def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
+        """Weights of the loss of the unit before `behind`, as the settings ask for."""
+        if self.settings.loss == "squared" or not self.settings.iterations:
+            return None
+        rest = extract(self.quantized.graph_module, join(list(behind))) if behind else None
+        return fisher_weights(rest, targets, chain.generator(self.inputs.device), FORWARD_BATCH, shelf)
 
-def reconstruction_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+
+def reconstruction_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """|| y - y' ||^2 summed over channels, mean over batch and space; shapes (N, C, ...)."""
-    return (outputs - targets).square().sum(1).mean()
+    error = (outputs - targets).square()
+    return (error if weights is None else error * weights).sum(1).mean()
 
 
 def optimise(
@@ -195,7 +208,7 @@ def optimise(
         stage.advance(settings.iterations, label)
         return
     start = {name: tensor.clone() for name, tensor in learned.state_dict().items()}
-    start_loss = _hard_loss(module, flow)
+    start_loss = _hard_loss(module, flow, generator.device)
     activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
     with (
         _learning(activations, settings.drop_probability, generator),
@@ -205,7 +218,7 @@ def optimise(
     ):
         _descend(module, learned, flow, settings, generator, stage, label)
     _harden(module, learned, learned=True)
-    loss = _hard_loss(module, flow)
+    loss = _hard_loss(module, flow, generator.device)
     if not loss <= start_loss:
         logger.debug("%s: learning raised the loss from %.4g to %.4g; the start is kept", label, start_loss, loss)
         learned.load_state_dict(start)
@@ -224,9 +237,25 @@ def _harden(module: fx.GraphModule, parts: nn.ModuleList, *, learned: bool) -> N
             called.harden(getattr(module, str(node.args[1].target)).deployed())
 
 
-def _hard_loss(module: fx.GraphModule, flow: _Flow) -> float:
+@torch.no_grad()
+def _hard_loss(module: fx.GraphModule, flow: _Flow, device: torch.device) -> float:
     """The loss of the unit as it would be deployed now, over all calibration images."""
-    return float(reconstruction_loss(_forward(module, flow.quantized_inputs, Mode.HARD), flow.targets))
+    total = 0.0
+    with in_mode(module, Mode.HARD):
+        for chosen in torch.arange(len(flow.targets), device=device).split(FORWARD_BATCH):
+            outputs = module(_take(flow.quantized_inputs, chosen))
+            total += float(reconstruction_loss(outputs, _take(flow.targets, chosen), _weights(flow, chosen))) * len(chosen)
+    return total / len(flow.targets)
+
+
+def _mean_loss(outputs: Tensor | None, targets: Tensor) -> float:
+    """The loss over all calibration images, a batch at a time; that of zero for None."""
+    total = 0.0
+    for begin in range(0, len(targets), FORWARD_BATCH):
+        y = targets[begin : begin + FORWARD_BATCH]
+        found = torch.zeros_like(y) if outputs is None else outputs[begin : begin + FORWARD_BATCH].to(y.device)
+        total += float(reconstruction_loss(found, y)) * len(y)
+    return total / len(targets)
 
 
 def _descend(
@@ -255,8 +284,9 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepping, T_max=steps)
     report_every = max(1, steps // 20)
     for step in range(steps):
-        chosen = torch.randint(images, (min(settings.batch_size, images),), generator=generator, device=flow.targets.device)
-        loss = reconstruction_loss(module(_mixed(flow, chosen, settings.drop_probability, generator)), flow.targets[chosen])
+        chosen = torch.randint(images, (min(settings.batch_size, images),), generator=generator, device=generator.device)
+        x, y = _mixed(flow, chosen, settings.drop_probability, generator), _take(flow.targets, chosen)
+        loss = reconstruction_loss(module(x), y, _weights(flow, chosen))
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
         if beta is not None:
@@ -273,10 +303,19 @@ def _descend(
 
 def _mixed(flow: _Flow, chosen: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """x~: the quantized input with some of its elements as in the float network (QDrop)."""
-    x = flow.quantized_inputs[chosen]
+    x = _take(flow.quantized_inputs, chosen)
     if not probability:
         return x
-    return x.lerp_(flow.float_inputs[chosen], draw_mask(x, probability, generator))
+    return x.lerp_(_take(flow.float_inputs, chosen), draw_mask(x, probability, generator))
+
+
+def _weights(flow: _Flow, chosen: Tensor) -> Tensor | None:
+    return None if flow.weights is None else _take(flow.weights, chosen)
+
+
+def _take(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """Images of a tensor that may be mapped, on the device of their numbers."""
+    return tensor[chosen.to(tensor.device)].to(chosen.device)
 
 
 @contextmanager
@@ -292,7 +331,14 @@ def _learning(activations: list[ActivationQuantizer], probability: float, genera
 
 
 @torch.no_grad()
-def _forward(module: fx.GraphModule, inputs: Tensor, mode: Mode) -> Tensor:
+def _forward(module: fx.GraphModule, inputs: Tensor, mode: Mode, device: torch.device, shelf: Shelf) -> Tensor:
     """Outputs for all inputs, in batches."""
+    outputs: Tensor | None = None
     with in_mode(module, mode):
-        return torch.cat([module(batch) for batch in inputs.split(FORWARD_BATCH)])
+        for begin in range(0, len(inputs), FORWARD_BATCH):
+            batch = module(inputs[begin : begin + FORWARD_BATCH].to(device))
+            if outputs is None:
+                outputs = shelf.empty((len(inputs), *batch.shape[1:]), batch)
+            outputs[begin : begin + FORWARD_BATCH] = batch
+    assert outputs is not None
+    return outputs

@@ -5,8 +5,8 @@ free, a row w of the weights wants integers q and a step s with
     min E (w'(x - m) - s q'(x^ - m^))^2 = (s q - w*)' A (s q - w*) + const,
     A = Cov(x^),   w* = A^-1 Cov(x^, x) w                         the float weights that suit the input that there is.
 Rounding column by column and moving each error on to the columns left is OBQ (arXiv 2208.11580) in the order of GPTQ
-(arXiv 2210.17323); passes of coordinate descent on the same quadratic follow. Every row is solved for several steps s, and
-the one of least error stays. Groups are solved side by side; a depthwise convolution is a group of n = 9 per channel.
+(arXiv 2210.17323). Every row is solved for several steps s, and the one of least error stays; passes of coordinate descent on
+the same quadratic follow. Groups are solved side by side; a depthwise convolution is a group of n = 9 per channel.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from inc_clusterq.reconstruction.ranges import EPSILON, signed_levels
 # Both are shares of A's mean diagonal. GPTQ has 0.01; on MobileNet-V1 0.1 came out nearer to the float model, and from
 # 0.01 to 1 it hardly matters.
 DAMPING = 0.1  # added to the diagonal of A
+MOST_DAMPING = 1e9  # with more A counts for nothing; only NaN or infinity comes here
 PULL = 0.1  # of w* towards w; with few samples n more, since w* then fits them rather than what is behind them
 FEW_SAMPLES = 4.0  # weight of n / samples in the pull
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # steps tried, as shares of the one without clipping
@@ -35,21 +36,19 @@ def best_rounding(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers (G, R, n), steps (G, R, 1), and the real-valued levels w* / s that the integers stand for."""
     target = adapted(weight, moments)
-    hessian = _damped(moments, DAMPING)
-    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    hessian, upper = _factored(moments)
     lowest, highest = signed_levels(bits)
     full = torch.maximum(target.amax(-1, keepdim=True) / highest, target.amin(-1, keepdim=True) / lowest).clamp_min(EPSILON)
     integers, scale = torch.zeros_like(target), full.clone()
     least = torch.full_like(full, torch.inf)
     for share in SHARES:
         found = round_columns(target, upper, full * share, lowest, highest)
-        found = descend(found, target, hessian, full * share, lowest, highest)
         error = quadratic(found * (full * share) - target, hessian)
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, full * share, scale)
         integers = torch.where(better, found, integers)
-    return integers, scale, target / scale
+    return descend(integers, target, hessian, scale, lowest, highest), scale, target / scale
 
 
 def adapted(weight: Tensor, moments: Moments) -> Tensor:
@@ -100,6 +99,19 @@ def descend(integers: Tensor, target: Tensor, hessian: Tensor, scale: Tensor, lo
                 integers[..., begin + j] = best
             gradient += ((integers[..., block] - before) * scale) @ hessian[:, block]
     return integers
+
+
+def _factored(moments: Moments) -> tuple[Tensor, Tensor]:
+    """The damped A, shape (G, n, n), and U with A^-1 = U'U; damped more where rounding errors have left A without one."""
+    share = DAMPING
+    while True:
+        hessian = _damped(moments, share)
+        upper, failed = torch.linalg.cholesky_ex(torch.linalg.inv(hessian), upper=True)
+        if not bool(failed.any()):
+            return hessian, upper
+        if share > MOST_DAMPING:
+            raise ValueError("the moments of a layer's inputs are not finite")
+        share *= 10
 
 
 def _damped(moments: Moments, share: float) -> Tensor:

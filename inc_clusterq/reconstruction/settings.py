@@ -20,9 +20,9 @@ class ReconstructionSettings(BaseModel):
 
     granularity: Literal["layer", "block", "modcap", "loss", "explicit"] | None = Field(
         None,
-        description="What is reconstructed jointly: single layers (AdaRound), residual blocks (BRECQ), or blocks joined where "
-        "their capacity differs most, by ModCap or by the loss of a base pass (MRECG); or the units of "
-        "`explicit_units`. Empty: the strategy decides.",
+        description="What is reconstructed jointly: single layers (AdaRound; parts that cannot be cut stay whole), residual "
+        "blocks (BRECQ), or blocks joined where their capacity differs most, by ModCap or by the loss of a base pass (MRECG); "
+        "or the units of `explicit_units`. Empty: the strategy decides.",
     )
     explicit_units: tuple[tuple[str, ...], ...] = Field(
         (),
@@ -53,7 +53,8 @@ class ReconstructionSettings(BaseModel):
     start: Literal["nearest", "second_order"] = Field(
         "second_order",
         description="Where the rounding begins: at the nearest integers (AdaRound), or layer by layer at those of least output "
-        "error by the second moments of the layer's input (as GPTQ), with the weight's step size chosen in the same way.",
+        "error by the second moments of the layer's input (as GPTQ), with the weight's step size chosen in the same way. "
+        "Layers with more than 5000 weights per row begin at the nearest.",
     )
     correct_bias: bool = Field(
         True,
@@ -94,10 +95,21 @@ class ReconstructionSettings(BaseModel):
     warm_up: float = Field(
         0.2, ge=0, lt=1, description="Share of the steps before the rounding regulariser sets in (AdaRound: 0.2)."
     )
+    loss: Literal["squared", "fisher"] = Field(
+        "squared",
+        description="Error of a unit's output: squared, or weighted with the Fisher information of each element (BRECQ), which "
+        "takes one more pass through the rest of the network per unit. For classifiers.",
+    )
     drop_probability: float = Field(
         0.5, ge=0, le=1, description="Chance that an element stays unquantized during optimisation (QDrop: 0.5)."
     )
     range_norm: float = Field(2.4, ge=1, le=8, description="p of the Lp error that initial scales minimise (AdaRound: 2.4).")
+    memory_budget: float = Field(
+        4.0,
+        ge=0,
+        description="Gigabytes that the inputs and outputs of a unit may take for all images; larger ones are kept in "
+        "memory-mapped files in the workspace. It changes no result.",
+    )
     edge_bits: int = Field(
         8,
         ge=2,

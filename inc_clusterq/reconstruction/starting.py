@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +13,12 @@ from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.second_order import best_rounding
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
+logger = logging.getLogger(__name__)
+
 # The soft weights begin this share of the way from the integers to the real values that these stand for: near enough to the
 # integers that the loss is theirs, and on the side to which a change of rounding would be cheapest.
 SOFTNESS = 0.3
+MOST_WEIGHTS = 5000  # per row, since their moments are a square matrix; 512 channels under a 3x3 kernel are 4608
 HALF = 0.499  # at most: farther away is nearer to another integer
 
 
@@ -34,6 +39,9 @@ def start_unit(
     for layer in unit.layers:
         quantizer = getattr(graph_module, layer.quantizer) if layer.quantizer else None
         if quantizer is None or quantizer in done or not has_columns(layer):
+            continue
+        if layer.parameters // layer.shape[0] > MOST_WEIGHTS:
+            logger.info("%s has more than %d weights per row; it begins at the nearest integers", layer.name, MOST_WEIGHTS)
             continue
         done.add(quantizer)
         moments = collect(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)

@@ -112,6 +112,15 @@ def test_the_same_seed_gives_the_same_model_to_the_bit(run: Run, quick: Quick, g
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("name", ["residual", "shuffle"])
+def test_mapped_inputs_and_targets_give_the_same_model_to_the_bit(run: Run, quick: Quick, tmp_path: Path, name: str) -> None:
+    report, _, outputs = run(name, quick(memory_budget=0), folder=tmp_path)
+    other, _, expected = run(name, quick())
+    assert torch.equal(outputs, expected)
+    assert [unit.loss for unit in report.units] == [unit.loss for unit in other.units]
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors"}
+
+
 def test_the_global_random_state_is_left_alone(run: Run, quick: Quick) -> None:
     before = torch.get_rng_state()
     run("chain", quick())
@@ -181,6 +190,16 @@ def test_the_loss_metric_takes_over_the_units_before_the_first_merge(run: Run, q
     assert torch.equal(outputs, run("chain", settings)[2])  # as without a folder
 
 
+@pytest.mark.parametrize("granularity", ["layer", "loss"])
+def test_the_fisher_weighted_loss_gives_another_model_and_the_same_one_again(run: Run, quick: Quick, granularity: str) -> None:
+    keys = {"granularity": granularity, "iterations": 40, "start": "nearest"}
+    _, _, first = run("residual", quick(loss="fisher", **keys))
+    _, _, second = run("residual", quick(loss="fisher", **keys))
+    _, _, squared = run("residual", quick(**keys))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, squared)
+
+
 def test_a_merge_of_nothing_is_the_base_pass(run: Run, quick: Quick) -> None:
     report, _, outputs = run("chain", quick(granularity="loss", top_k=0))
     assert report.units == report.base
@@ -242,6 +261,7 @@ def test_units_of_every_kind_can_be_optimised(run: Run, quick: Quick, name: str)
         {"bias_learning_rate": 0.0},
         {"correct_bias": False},
         {"start": "nearest"},
+        {"loss": "fisher"},
         {"iterations": 1},
         {"batch_size": 1},
     ],

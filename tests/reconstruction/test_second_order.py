@@ -102,3 +102,16 @@ def test_an_input_that_never_varies_is_no_obstacle() -> None:
     for constant in (x, 0 * x):
         integers, scale, levels = best_rounding(rows(2, 3, 5), moments(constant, constant), 4)
         assert all(torch.isfinite(tensor).all() for tensor in (integers, scale, levels))
+
+
+def test_moments_that_rounding_errors_have_spoilt_are_damped_until_they_serve() -> None:
+    """An eigenvalue below zero by more than the usual damping, as a variance that is lost against the mean leaves it."""
+    spoilt = Moments(
+        torch.diag(torch.tensor([1.0, 1.0, -0.5])).double()[None],
+        *([torch.zeros(1, 3, 3).double()]),
+        *[torch.zeros(1, 3).double() for _ in range(2)],
+        100,
+    )
+    integers, scale, _ = best_rounding(rows(1, 4, 3), spoilt, 4)
+    assert bool(integers.isfinite().all())
+    assert bool(scale.isfinite().all())

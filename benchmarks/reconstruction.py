@@ -1,0 +1,117 @@
+"""Reconstruction methods side by side on real training images: same images, same steps per unit, one loop with other settings.
+
+Methods:
+  nearest        rounding to nearest, ranges by Lp search
+  AdaRound       layer by layer, or by the smallest parts that the graph can be cut into: a residual block is one of them
+  BRECQ          block by block, squared error
+  QDrop          block by block, quantization dropped at random
+  MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
+  MRECG loss     blocks joined by the loss of a base pass, whose steps come on top
+  ours           MRECG ModCap from a second-order start, with corrected biases: the defaults
+All but the last begin at the nearest integers and leave biases alone, as published. Besides the accuracy: the largest loss
+of a unit, relative to the power of its output; the largest ratio of such losses from one unit to the next, which is the
+oscillation that MRECG is about; and seconds. Test images give the accuracy and nothing else.
+
+    python benchmarks/reconstruction.py --data DIR --json docs/figures/reconstruction-NAME.json && python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import common
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.reconstruction.reconstruct import Reconstruction
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
+
+IMAGES = 256
+BATCH = 32  # images per calibration call, the default of the YAML
+PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
+    "AdaRound": {**PUBLISHED, "granularity": "layer", "drop_probability": 0.0},
+    "BRECQ": {**PUBLISHED, "granularity": "block", "drop_probability": 0.0},
+    "QDrop": {**PUBLISHED, "granularity": "block"},
+    "MRECG ModCap": {**PUBLISHED, "granularity": "modcap"},
+    "MRECG loss": {**PUBLISHED, "granularity": "loss"},
+    "ours": {"granularity": "modcap"},
+}
+MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds")
+
+
+def main() -> None:
+    """Run every network, width, seed and method."""
+    options = common.parse(__doc__, "resnet20,mobilenet_v1_025", "W4A4,W2A4")
+    console = Console(width=140)
+    common.print_head(f"Reconstruction with {IMAGES} real training images", options, console)
+    figures: dict[str, Any] = {}
+    for net in options.nets:
+        subject = common.subject(options, net)
+        if subject.training is None:
+            console.print(f"{net}: there are no training images for it; left out", highlight=False)
+            continue
+        exported = NeuralCompressorAdaptor().export(subject.model)
+        widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
+        found: dict[str, dict[str, dict[str, list[float]]]] = {
+            width: {method: {measure: [] for measure in MEASURES} for method in METHODS} for width in widths
+        }
+        plain = common.top1(subject.model.module, subject.test_inputs, subject.test_labels)
+        figures[net] = {"float": plain, "splits": subject.splits, "widths": found}
+        for seed in options.seeds:
+            generator = torch.Generator().manual_seed(seed)
+            images = subject.training[torch.randperm(len(subject.training), generator=generator)[:IMAGES]]
+            for width in widths:
+                for method, keys in METHODS.items():
+                    settings = _settings(options.preset, keys)
+                    began = time.perf_counter()
+                    outcome = _reconstructed(exported, images, width, settings, seed)
+                    seconds = time.perf_counter() - began
+                    accuracy = common.top1(outcome.model, subject.test_inputs, subject.test_labels)
+                    values = (accuracy, *oscillation(outcome.reconstruction), seconds)
+                    for measure, value in zip(MEASURES, values, strict=True):
+                        found[width][method][measure].append(value)
+                    line = ", ".join(f"{measure} {value:.4g}" for measure, value in zip(MEASURES, values, strict=True))
+                    console.print(f"  {net} seed {seed} {width} {method}: {line}", highlight=False)
+                    common.write_json(options, {"images": IMAGES, "nets": figures})
+        rows = [
+            [width, method, *[common.mean_and_spread(values[measure]) for measure in MEASURES]]
+            for width, methods in found.items()
+            for method, values in methods.items()
+        ]
+        common.print_table(f"{net}, float {plain:.2f}", ("width", "method", *MEASURES), rows, console)
+
+
+def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:
+    """Largest relative loss of a unit, and largest ratio of a unit's to that of the one before it.
+
+    Units of 8 bits at the ends of the network are left out: next to them everything looks like a jump.
+    """
+    lowest = min(unit.lowest_bits for unit in reconstruction.units)
+    losses = [unit.relative_loss for unit in reconstruction.units if unit.lowest_bits == lowest]
+    return max(losses), max((after / before for before, after in pairwise(losses) if before > 0), default=1.0)
+
+
+def _settings(preset: str, keys: dict[str, Any]) -> ReconstructionSettings:
+    return ReconstructionSettings.model_validate({**ReconstructionSettings.PRESETS[preset], **keys})
+
+
+def _reconstructed(
+    exported: nn.Module, images: Tensor, width: str, settings: ReconstructionSettings, seed: int
+) -> TuningOutcome:
+    """One trial, so that nothing is selected."""
+    request = TuningRequest(int(width[1]), int(width[3]), settings, max_trials=1, seed=seed)
+    trials = [Trial(settings.granularity or "", settings)]
+    return NeuralCompressorAdaptor().tune(
+        exported, images.split(BATCH), trials, request, score=lambda model: 1.0, workspace=None
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from inc_clusterq.reconstruction.shelf import AT_ONCE, Shelf
+
+
+def mapped_bytes() -> int:
+    """Bytes of this process's mapped files that `Shelf` made."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if ".mapped" in line:
+            low, high = line.split()[0].split("-")
+            total += int(high, 16) - int(low, 16)
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_only_what_exceeds_the_share_of_the_budget_is_mapped(tmp_path: Path) -> None:
+    shelf = Shelf(AT_ONCE * 4 * 10_000, tmp_path)
+    small = shelf.empty((100, 100), torch.zeros(1))
+    assert mapped_bytes() == 0
+    large = shelf.empty((101, 100), torch.zeros(1))
+    assert mapped_bytes() >= 4 * 10_100
+    assert (small.shape, large.shape, large.dtype) == ((100, 100), (101, 100), torch.float32)
+    del large
+    assert mapped_bytes() == 0
+
+
+def test_a_mapped_tensor_holds_what_is_written_and_leaves_no_file(tmp_path: Path) -> None:
+    values = torch.randn(7, 3, 5)
+    mapped = Shelf(0, tmp_path / "new").empty((7, 3, 5), values)
+    mapped[2:] = values[2:]
+    mapped[:2] = values[:2]
+    assert torch.equal(mapped, values)
+    assert torch.equal(mapped[torch.tensor([6, 0, 6])], values[[6, 0, 6]])
+    assert list((tmp_path / "new").iterdir()) == []
