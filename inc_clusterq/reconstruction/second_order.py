@@ -106,8 +106,9 @@ def _factored(moments: Moments) -> tuple[Tensor, Tensor]:
     share = DAMPING
     while True:
         hessian = _damped(moments, share)
-        upper, failed = torch.linalg.cholesky_ex(torch.linalg.inv(hessian), upper=True)
-        if not bool(failed.any()):
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        upper, lost = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not bool((failed + lost).any()):
             return hessian, upper
         if share > MOST_DAMPING:
             raise ValueError("the moments of a layer's inputs are not finite")

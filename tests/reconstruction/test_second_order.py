@@ -106,12 +106,7 @@ def test_an_input_that_never_varies_is_no_obstacle() -> None:
 
 def test_moments_that_rounding_errors_have_spoilt_are_damped_until_they_serve() -> None:
     """An eigenvalue below zero by more than the usual damping, as a variance that is lost against the mean leaves it."""
-    spoilt = Moments(
-        torch.diag(torch.tensor([1.0, 1.0, -0.5])).double()[None],
-        *([torch.zeros(1, 3, 3).double()]),
-        *[torch.zeros(1, 3).double() for _ in range(2)],
-        100,
-    )
-    integers, scale, _ = best_rounding(rows(1, 4, 3), spoilt, 4)
+    spoilt, nothing = torch.diag(torch.tensor([1.0, 1.0, -0.5], dtype=torch.float64))[None], torch.zeros(1, 3)
+    integers, scale, _ = best_rounding(rows(1, 4, 3), Moments(spoilt, spoilt, nothing, nothing, 100), 4)
     assert bool(integers.isfinite().all())
     assert bool(scale.isfinite().all())
