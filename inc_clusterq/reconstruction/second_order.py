@@ -104,15 +104,15 @@ def descend(integers: Tensor, target: Tensor, hessian: Tensor, scale: Tensor, lo
 def _factored(moments: Moments) -> tuple[Tensor, Tensor]:
     """The damped A, shape (G, n, n), and U with A^-1 = U'U; damped more where rounding errors have left A without one."""
     share = DAMPING
-    while True:
+    while share < MOST_DAMPING:
         hessian = _damped(moments, share)
         factor, failed = torch.linalg.cholesky_ex(hessian)
-        upper, lost = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-        if not bool((failed + lost).any()):
+        if not bool(failed.any()):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not bool(failed.any()):
             return hessian, upper
-        if share > MOST_DAMPING:
-            raise ValueError("the moments of a layer's inputs are not finite")
         share *= 10
+    raise ValueError("the moments of a layer's inputs are not finite")
 
 
 def _damped(moments: Moments, share: float) -> Tensor:
