@@ -6,7 +6,8 @@ Zero is a level of its own in every quantization here, so that
 
     Q(clamp(pad(x, 0))) = pad(Q(clamp(x)), zero point)
 
-to the bit, and what is padded is a quarter of the size.
+to the bit, and what is padded is a quarter of the size. Padding behind anything else, such as the shortcuts of ResNet-20, is
+left alone: there it would only split one loop in two.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from inc_clusterq.deployment.arithmetic import EPILOGUES, PRODUCTS
 from inc_clusterq.deployment.backend import QUANTIZE
 
 aten = torch.ops.aten
@@ -29,7 +31,7 @@ def quantize_before_padding(graph_module: fx.GraphModule) -> int:
         value, *quantization = quantize.args
         clamp = value if value.target is aten.clamp.default and len(value.users) == 1 else None
         pad = clamp.args[0] if clamp is not None else value
-        if not _pads_with_zero(pad) or len(pad.users) != 1:
+        if not _pads_with_zero(pad) or len(pad.users) != 1 or not _ends_kernel(pad.args[0]):
             continue
         source = pad.args[0]
         with graph.inserting_before(quantize):
@@ -50,6 +52,12 @@ def _pads_with_zero(node: Any) -> bool:
     if node.target is aten.constant_pad_nd.default:
         return not any(node.args[2:])
     return node.target is aten.pad.default and node.args[2:3] in ((), ("constant",)) and not any(node.args[3:])
+
+
+def _ends_kernel(node: fx.Node) -> bool:
+    """Whether a convolution or linear operator, with its activation, computes the node and nothing else reads it."""
+    product = node.args[0] if node.target in EPILOGUES else node
+    return isinstance(product, fx.Node) and product.target in PRODUCTS and len(node.users) == len(product.users) == 1
 
 
 def _like(old: fx.Node, new: fx.Node) -> fx.Node:

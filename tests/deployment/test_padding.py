@@ -34,6 +34,10 @@ def test_zero_padding_is_done_on_integers_and_no_other(
     assert quantize_before_padding(converted) == 0
 
 
+def test_a_padded_shortcut_is_left_alone(reconstructed: Callable[..., QuantizedGraph]) -> None:
+    assert quantize_before_padding(convert(reconstructed("residual", 4))) == 0
+
+
 @pytest.mark.slow
 def test_the_convolution_in_front_of_the_padding_writes_integers(saved: Callable[..., SavedModel]) -> None:
     model = saved("padded", 4)
