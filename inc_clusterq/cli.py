@@ -18,7 +18,9 @@ import typer
 from rich.console import Console
 
 from inc_clusterq import __version__
+from inc_clusterq.console import progress_on
 from inc_clusterq.errors import ClusterQError
+from inc_clusterq.progress import Progress
 
 INTERNAL_ERROR = 1
 INTERRUPTED = 130
@@ -77,16 +79,14 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Quantize the model that CONFIG names, without data, and save what plain Neural Compressor loads."""
-    errors = _prepared(debug=debug)
-    with _reported(errors, debug=debug):
+    with _job(quiet=quiet, debug=debug) as progress:
         from inc_clusterq.config import load_config
-        from inc_clusterq.console import progress_on
 
         config = load_config(config_file).override(output=output, seed=seed)
 
         from inc_clusterq.pipeline import quantize as run  # heavy: only once the configuration is known to be good
 
-        result = run(config, overwrite=overwrite, strict=strict, progress=progress_on(errors, quiet=quiet))
+        result = run(config, overwrite=overwrite, strict=strict, progress=progress)
         result.print(Console())
 
 
@@ -103,16 +103,13 @@ def synthesize(
     debug: Debug = False,
 ) -> None:
     """Make the synthetic calibration set of CONFIG, or find it, and say where it is."""
-    errors = _prepared(debug=debug)
-    with _reported(errors, debug=debug):
+    with _job(quiet=quiet, debug=debug) as progress:
         from inc_clusterq.config import load_config
-        from inc_clusterq.console import progress_on
 
         config = load_config(config_file).override(seed=seed)
 
         from inc_clusterq.synthetic_set import synthesize as run
 
-        progress = progress_on(errors, quiet=quiet)
         run(config, output=output, overwrite=overwrite, progress=progress).print(Console())
 
 
@@ -140,16 +137,13 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Measure how good a synthetic set is, and write a page about it."""
-    errors = _prepared(debug=debug)
-    with _reported(errors, debug=debug):
+    with _job(quiet=quiet, debug=debug) as progress:
         from inc_clusterq.config import load_config
-        from inc_clusterq.console import progress_on
 
         config = load_config(config_file) if config_file is not None else None
 
         from inc_clusterq.inspection import inspect as run
 
-        progress = progress_on(errors, quiet=quiet)
         run(dataset, config=config, real=real, output=output, overwrite=overwrite, progress=progress).print(Console())
 
 
@@ -166,12 +160,9 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write RESULT for another run time, and check it against the model that was evaluated."""
-    errors = _prepared(debug=debug)
-    with _reported(errors, debug=debug):
-        from inc_clusterq.console import progress_on
+    with _job(quiet=quiet, debug=debug) as progress:
         from inc_clusterq.deployment.export import export as run
 
-        progress = progress_on(errors, quiet=quiet)
         run(result, to, output=output, overwrite=overwrite, strict=strict, progress=progress).print(Console())
 
 
@@ -182,8 +173,7 @@ def pack(
     debug: Debug = False,
 ) -> None:
     """Write RESULT/packed.safetensors: weights below 8 bits in as many bits as they have."""
-    errors = _prepared(debug=debug)
-    with _reported(errors, debug=debug):
+    with _job(debug=debug):
         from inc_clusterq.deployment.packing import pack as run
 
         run(result, overwrite=overwrite).print(Console())
@@ -205,13 +195,10 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time RESULT against the compiled float model, and print what was measured."""
-    errors = _prepared(debug=debug)
-    with _reported(errors, debug=debug):
-        from inc_clusterq.console import progress_on
+    with _job(quiet=quiet, debug=debug) as progress:
         from inc_clusterq.deployment.bench import bench as run
         from inc_clusterq.deployment.bench import numbers
 
-        progress = progress_on(errors, quiet=quiet)
         names = tuple(name.strip() for name in targets.split(","))
         run(result, numbers(batch), names, threads=threads, config_file=config, progress=progress).print(Console())
 
@@ -235,17 +222,16 @@ def _set_logs(*, debug: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-def _prepared(*, debug: bool) -> Console:
-    """Set the logs before anything heavy is imported; returns where progress and errors go."""
-    _set_logs(debug=debug)
-    return Console(stderr=True)
-
-
 @contextmanager
-def _reported(errors: Console, *, debug: bool) -> Iterator[None]:
-    """Turn what is raised inside into one message and an exit status; with `debug` the traceback comes first."""
+def _job(*, quiet: bool = True, debug: bool) -> Iterator[Progress]:
+    """Set the logs before anything heavy is imported; hand over where progress goes, which is where errors go.
+
+    What is raised inside becomes one message and an exit status; with `debug` the traceback comes first.
+    """
+    _set_logs(debug=debug)
+    errors = Console(stderr=True)
     try:
-        yield
+        yield progress_on(errors, quiet=quiet)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()

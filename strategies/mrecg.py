@@ -29,7 +29,9 @@ class MRECGStrategy:
             settings = proposals[-1].settings
             units = 1
             while len(proposals) < request.max_trials:
-                proposals.append(Trial(f"{granularities[-1]}, {units} units at {FULL_BITS} bits", settings, units))
+                proposals.append(
+                    Trial(f"{granularities[-1]}, {units} unit{'s' if units > 1 else ''} at {FULL_BITS} bits", settings, units)
+                )
                 units *= 2
         return proposals[: request.max_trials]
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from inc_clusterq.reconstruction.moments import Moments
 from inc_clusterq.reconstruction.ranges import EPSILON, signed_levels
 
-# Both are shares of A's mean diagonal. GPTQ has 0.01; on MobileNet-V1 0.1 came out nearer to the float model, and from
-# 0.01 to 1 it hardly matters.
+# Both are shares of A's mean diagonal. GPTQ has 0.01; 0.1 is by trial.
 DAMPING = 0.1  # added to the diagonal of A
 MOST_DAMPING = 1e9  # with more A counts for nothing; only NaN or infinity comes here
 PULL = 0.1  # of w* towards w; with few samples n more, since w* then fits them rather than what is behind them

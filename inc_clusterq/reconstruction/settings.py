@@ -71,14 +71,14 @@ class ReconstructionSettings(BaseModel):
         gt=0,
         le=1,
         description="Adam step on the rounding variable V. AdaRound: 1e-3 at 20000 iterations; with fewer iterations V must "
-        "move faster to get anywhere: about 20 divided by the iterations. Measured.",
+        "move faster to get anywhere: about 20 divided by the iterations. By trial.",
     )
     activation_learning_rate: float = Field(
         2e-3,
         ge=0,
         le=1,
         description="Adam step on activation scales, relative to the scale, cosine decay (QDrop: 4e-5 absolute at 20000 "
-        "iterations). Measured; from 4e-4 to 1e-2 it hardly matters.",
+        "iterations). By trial; from 4e-4 to 1e-2 it hardly matters.",
     )
     learn_weight_scale: bool = Field(
         False, description="Train the weight step size together with the rounding (Genie-M, arXiv 2212.04780)."
@@ -88,7 +88,7 @@ class ReconstructionSettings(BaseModel):
         ge=0,
         le=10,
         description="Weight of the rounding regulariser (AdaRound: 0.01; MRECG: 0.1 for MobileNetV2). From a second-order "
-        "start 0.1 was the better on ResNet-20 too. Measured.",
+        "start 0.1 was the better on ResNet-20 too. By trial.",
     )
     beta_start: float = Field(20.0, gt=1, le=100, description="First exponent of the rounding regulariser (AdaRound: 20).")
     beta_end: float = Field(2.0, gt=1, le=100, description="Last exponent of the rounding regulariser (AdaRound: 2).")

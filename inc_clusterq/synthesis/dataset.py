@@ -139,7 +139,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
     except OSError as failure:
-        raise DatasetError(f"cannot read {path}, part of an {FORMAT}: {failure.strerror}") from failure
+        raise DatasetError(
+            f"cannot read {path}, part of an {FORMAT}: {failure.strerror}; name a folder that `synthesize` has written"
+        ) from failure
     except ValueError as failure:  # not UTF-8 or not JSON
         raise DatasetError(f"{path} is not JSON ({failure}); delete {path.parent}, then run again") from failure
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

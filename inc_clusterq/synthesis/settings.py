@@ -1,7 +1,8 @@
 """Settings of the synthesis: every expert key with its range, its default and where that default comes from.
 
 "Released code" is the authors' code of "ClusterQ: Semantic Feature Distribution Alignment for Data-Free Quantization"
-(2022, arXiv 2205.00179); "measured" is a comparison on ResNet-20 (CIFAR-10) and MobileNetV1 0.25 (ImageNet).
+(2022, arXiv 2205.00179); "by trial" is what a comparison on ResNet-20 (CIFAR-10)
+and MobileNetV1 0.25 (ImageNet) favoured while this was written; no benchmark repeats it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ClusterQSettings(BaseModel):
     iterations: int = Field(
         default=150,
         ge=0,
-        description="Training steps of the generator; 0 skips it and refines random images. Measured.",
+        description="Training steps of the generator; 0 skips it and refines random images. By trial.",
     )
     warmup_iterations: int = Field(
         default=100,
@@ -51,7 +52,7 @@ class ClusterQSettings(BaseModel):
         default=None,
         gt=0,
         description="Adam's learning rate of the generator. Null: 3e-3, with `latent` 1e-2. Released code: 1e-3, for many "
-        "more steps. Measured.",
+        "more steps. By trial.",
     )
     latent_learning_rate: float = Field(
         default=0.1,
@@ -61,7 +62,7 @@ class ClusterQSettings(BaseModel):
     swing: bool = Field(
         default=True,
         description="Shift the input of every strided convolution at random by less than its stride, against checkerboards "
-        "(`latent` only). Paper of Genie. Measured: closer to the statistics on 32 x 32 images, far from them on 8 x 8 ones, "
+        "(`latent` only). Paper of Genie. By trial: closer to the statistics on 32 x 32 images, far from them on 8 x 8 ones, "
         "where a pixel is much: `false` there.",
     )
     betas: tuple[float, float] = Field(
@@ -71,7 +72,7 @@ class ClusterQSettings(BaseModel):
     classification_weight: float = Field(
         default=0.01,
         ge=0,
-        description="Weight of the cross-entropy with the wanted class. Paper: 1 beside 0.1 for the statistics. Measured: "
+        description="Weight of the cross-entropy with the wanted class. Paper: 1 beside 0.1 for the statistics. By trial: "
         "beside 1 for the statistics, 0.01 still gives every image its class, and 0.1 spoils ranges and diversity.",
     )
     statistics_weight: float = Field(
@@ -81,16 +82,16 @@ class ClusterQSettings(BaseModel):
         default=0.1,
         ge=0,
         description="Weight of the alignment with the class centroids, averaged over classes and layers. Paper: 0.9 beside "
-        "1 for the cross-entropy, on sums. Measured: with 0.5 diversity and class features fall behind real ones.",
+        "1 for the cross-entropy, on sums. By trial: with 0.5 diversity and class features fall behind real ones.",
     )
     prior_weight: float = Field(
-        default=0.01, ge=0, description="Weight of the total variation, as a share of the value range. Measured."
+        default=0.01, ge=0, description="Weight of the total variation, as a share of the value range. By trial."
     )
     statistics_distance: Distance = Field(
         default="relative",
         description="How moments are compared: `variance` squares differences of means and variances (the paper), "
         "`deviation` of means and standard deviations (Genie-D, CVPR 2023), `relative` the same in units of the "
-        "layer's mean variance, so that no layer counts more because its values are large. Measured: per layer is better "
+        "layer's mean variance, so that no layer counts more because its values are large. By trial: per layer is better "
         "than per channel.",
     )
     centroid_momentum: float = Field(
@@ -127,19 +128,19 @@ class ClusterQSettings(BaseModel):
         default=250,
         ge=0,
         description="Steps of optimisation of each batch: of its images, after the generator (0 keeps what that painted); "
-        "with `latent` of its latents and generator. Measured.",
+        "with `latent` of its latents and generator. By trial.",
     )
     refine_learning_rate: float = Field(
         default=0.03,
         gt=0,
         le=1,
-        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. Measured.",
+        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. By trial.",
     )
     refine_batch: int = Field(
         default=64,
         ge=1,
         description="Most images refined together; the classes of one batch are aligned with those of the batches before. "
-        "Measured: 64 to 256 match the statistics equally well.",
+        "By trial: 64 to 256 match the statistics equally well.",
     )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
