@@ -8,7 +8,9 @@ Methods:
   MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
   MRECG loss     blocks joined by the loss of a base pass, whose steps come on top
   ours           MRECG ModCap from a second-order start, with corrected biases: the defaults
-All but the last begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
+  NAME+steps     the same with the weights' step sizes learned too (Genie-M)
+  QDrop 20000    QDrop with the published number of steps and its learning rate, whatever the preset
+All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
 the next, which is the oscillation that MRECG is about; and seconds. Test images give the accuracy and nothing else.
 
@@ -40,14 +42,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "MRECG ModCap": {**PUBLISHED, "granularity": "modcap"},
     "MRECG loss": {**PUBLISHED, "granularity": "loss"},
     "ours": {"granularity": "modcap"},
+    "QDrop+steps": {**PUBLISHED, "granularity": "block", "learn_weight_scale": True},
+    "ours+steps": {"granularity": "modcap", "learn_weight_scale": True},
+    "QDrop 20000": {
+        **PUBLISHED,
+        "granularity": "block",
+        "iterations": 20_000,
+        "weight_learning_rate": 1e-3,
+        "rounding_weight": 0.01,
+    },
 }
+DEFAULT = "nearest,AdaRound,BRECQ,QDrop,MRECG ModCap,MRECG loss,ours"
 MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds")
 
 
 def main() -> None:
     """Run every network, width, seed and method."""
     options = common.parse(
-        __doc__, "resnet20,mobilenet_v1_025", "W4A4,W2A4", compared=",".join(METHODS), word="method", known=tuple(METHODS)
+        __doc__, "resnet20,mobilenet_v1_025", "W4A4,W2A4", compared=DEFAULT, word="method", known=tuple(METHODS)
     )
     console = Console(width=140)
     common.print_head(f"Reconstruction with {options.images} real training images", options, console)
