@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.synthesis.clusterq import synthesise
+from inc_clusterq.synthesis import refine
+from inc_clusterq.synthesis.clusterq import synthesise, synthesise_into
+from inc_clusterq.synthesis.draft import FolderDraft
 from inc_clusterq.synthesis.objective import statistics
 from inc_clusterq.synthesis.refine import random_samples
 from inc_clusterq.synthesis.resolution import enlarge, half_size
@@ -80,6 +84,29 @@ def test_small_images_and_what_is_no_image_are_not_halved(shape: tuple[int, ...]
     with teach(net, SPEC, num_classes=4, first_aligned_layer=None) as teacher:
         assert half_size(teacher, InputSpec(shape)) is None
         assert half_size(teacher, SPEC) == InputSpec((3, 49, 65), 0.0, 255.0, (120.0, 110.0, 100.0), (60.0,))
+
+
+def test_a_killed_set_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, few = Sizes(), settings(coarse_share=0.5, refine_iterations=2)
+    wanted, _ = synthesise(net, SPEC, few, num_classes=4, samples=7, seed=0)
+
+    class Killed(Exception):  # noqa: N818 not an error of ours
+        pass
+
+    def enlarge_once(x: Tensor, spec: InputSpec) -> Tensor:
+        if len(draft.shards) == 1:
+            raise Killed
+        return enlarge(x, spec)
+
+    draft = FolderDraft(tmp_path / "draft")
+    monkeypatch.setattr(refine, "enlarge", enlarge_once)
+    with pytest.raises(Killed):
+        synthesise_into(draft, net, SPEC, few, num_classes=4, samples=7, seed=0)
+    monkeypatch.undo()
+    draft = FolderDraft(tmp_path / "draft")
+    assert len(draft.shards) == 1
+    synthesise_into(draft, net, SPEC, few, num_classes=4, samples=7, seed=0)
+    assert torch.equal(torch.cat([x for x, _ in draft.shards]), wanted)
 
 
 def test_enlarging_keeps_what_is_smooth_and_stays_in_range() -> None:
