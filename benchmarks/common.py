@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -51,7 +52,8 @@ class Options:
     preset: str
     json: Path | None
     images: int = IMAGES
-    sources: tuple[str, ...] = ()  # of the calibration images, where a script compares them
+    compared: tuple[str, ...] = ()  # sources of the calibration images, or methods, where a script compares such
+    word: str = ""  # for one of them
     workspace: Path | None = None  # where synthetic sets are kept
 
 
@@ -71,12 +73,14 @@ def parse(
     nets: str,
     widths: str = "W8A8,W4A8",
     seeds: str = "0,1,2",
-    sources: str = "",
+    compared: str = "",
+    word: str = "",
     known: Sequence[str] = (),
 ) -> Options:
     """Read the command line; exits with status 2 and a sentence where it is wrong.
 
-    A script that compares sources of images names the default ones in `sources` and all of them in `known`.
+    A script that compares sources of images, or methods, names the default ones in `compared`, what one is called in `word`
+    and all of them in `known`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("INCQ_DATA"), help="data folder (or INCQ_DATA)")
@@ -87,8 +91,8 @@ def parse(
     parser.add_argument("--preset", choices=("fast", "balanced", "best"), default="balanced", help="default balanced")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--workspace", type=Path, help="folder that keeps synthetic sets, so that another run finds them")
-    if sources:
-        parser.add_argument("--sources", default=sources, help=f"sources of images, of {', '.join(known)} (default {sources})")
+    if compared:
+        parser.add_argument(f"--{word}s", default=compared, help=f"of {', '.join(known)} (default {compared})")
         parser.add_argument("--images", type=int, default=IMAGES, help=f"calibration images (default {IMAGES})")
     given = parser.parse_args()
     if given.data is None or not (Path(given.data) / "load.py").is_file():
@@ -98,15 +102,15 @@ def parse(
         numbers = tuple(int(seed) for seed in given.seeds.split(","))
     except ValueError as error:
         parser.error(str(error))
-    chosen = tuple(given.sources.split(",")) if sources else ()
-    if unknown := [source for source in chosen if source not in known]:
-        parser.error(f"{unknown[0]!r} is not a source; there are {', '.join(known)}")
-    images = given.images if sources else IMAGES
+    chosen = tuple(getattr(given, f"{word}s").split(",")) if compared else ()
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"{unknown[0]!r} is not a {word}; there are {', '.join(known)}")
+    images = given.images if compared else IMAGES
     if images < 1:
         parser.error(f"--images is {images}; it must be at least 1")
     nets_given = tuple(given.nets.split(","))
     common = (Path(given.data), nets_given, pairs, numbers, given.limit, given.preset, given.json)
-    return Options(*common, images, chosen, given.workspace)
+    return Options(*common, images, chosen, word, given.workspace)
 
 
 def _is_width(text: str) -> bool:
@@ -189,7 +193,7 @@ def command(options: Options) -> str:
         f"python benchmarks/{Path(sys.argv[0]).name} --data DIR --nets {','.join(options.nets)} --widths {widths}",
         f"--seeds {','.join(map(str, options.seeds))} --preset {options.preset}",
         f"--limit {options.limit}" if options.limit else "",
-        f"--sources {','.join(options.sources)} --images {options.images}" if options.sources else "",
+        f"--{options.word}s {shlex.quote(','.join(options.compared))} --images {options.images}" if options.compared else "",
         f"--json {options.json}" if options.json else "",
     ]
     return " ".join(word for word in words if word)

@@ -8,9 +8,9 @@ Methods:
   MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
   MRECG loss     blocks joined by the loss of a base pass, whose steps come on top
   ours           MRECG ModCap from a second-order start, with corrected biases: the defaults
-All but the last begin at the nearest integers and leave biases alone, as published. Besides the accuracy: the largest loss
-of a unit, relative to the power of its output; the largest ratio of such losses from one unit to the next, which is the
-oscillation that MRECG is about; and seconds. Test images give the accuracy and nothing else.
+All but the last begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
+the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
+the next, which is the oscillation that MRECG is about; and seconds. Test images give the accuracy and nothing else.
 
     python benchmarks/reconstruction.py --data DIR --json docs/figures/reconstruction-NAME.json && python benchmarks/tables.py
 """
@@ -31,9 +31,7 @@ from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
 
-IMAGES = 256
-BATCH = 32  # images per calibration call, the default of the YAML
-PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False}
+PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
     "AdaRound": {**PUBLISHED, "granularity": "layer", "drop_probability": 0.0},
@@ -48,28 +46,30 @@ MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds")
 
 def main() -> None:
     """Run every network, width, seed and method."""
-    options = common.parse(__doc__, "resnet20,mobilenet_v1_025", "W4A4,W2A4")
+    options = common.parse(
+        __doc__, "resnet20,mobilenet_v1_025", "W4A4,W2A4", compared=",".join(METHODS), word="method", known=tuple(METHODS)
+    )
     console = Console(width=140)
-    common.print_head(f"Reconstruction with {IMAGES} real training images", options, console)
+    common.print_head(f"Reconstruction with {options.images} real training images", options, console)
     figures: dict[str, Any] = {}
     for net in options.nets:
         subject = common.subject(options, net)
-        if subject.training is None:
-            console.print(f"{net}: there are no training images for it; left out", highlight=False)
+        if subject.training is None or len(subject.training) < options.images:
+            console.print(f"{net}: there are not {options.images} training images for it; left out", highlight=False)
             continue
         exported = NeuralCompressorAdaptor().export(subject.model)
         widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
         found: dict[str, dict[str, dict[str, list[float]]]] = {
-            width: {method: {measure: [] for measure in MEASURES} for method in METHODS} for width in widths
+            width: {method: {measure: [] for measure in MEASURES} for method in options.compared} for width in widths
         }
         plain = common.top1(subject.model.module, subject.test_inputs, subject.test_labels)
         figures[net] = {"float": plain, "splits": subject.splits, "widths": found}
         for seed in options.seeds:
             generator = torch.Generator().manual_seed(seed)
-            images = subject.training[torch.randperm(len(subject.training), generator=generator)[:IMAGES]]
+            images = subject.training[torch.randperm(len(subject.training), generator=generator)[: options.images]]
             for width in widths:
-                for method, keys in METHODS.items():
-                    settings = _settings(options.preset, keys)
+                for method in options.compared:
+                    settings = _settings(options.preset, METHODS[method])
                     began = time.perf_counter()
                     outcome = _reconstructed(exported, images, width, settings, seed)
                     seconds = time.perf_counter() - began
@@ -79,7 +79,7 @@ def main() -> None:
                         found[width][method][measure].append(value)
                     line = ", ".join(f"{measure} {value:.4g}" for measure, value in zip(MEASURES, values, strict=True))
                     console.print(f"  {net} seed {seed} {width} {method}: {line}", highlight=False)
-                    common.write_json(options, {"images": IMAGES, "nets": figures})
+                    common.write_json(options, {"images": options.images, "nets": figures})
         rows = [
             [width, method, *[common.mean_and_spread(values[measure]) for measure in MEASURES]]
             for width, methods in found.items()
@@ -109,7 +109,7 @@ def _reconstructed(
     request = TuningRequest(int(width[1]), int(width[3]), settings, max_trials=1, seed=seed)
     trials = [Trial(settings.granularity or "", settings)]
     return NeuralCompressorAdaptor().tune(
-        exported, images.split(BATCH), trials, request, score=lambda model: 1.0, workspace=None
+        exported, images.split(common.BATCH), trials, request, score=lambda model: 1.0, workspace=None
     )
 
 

@@ -71,7 +71,9 @@ class Made:
 
 def main() -> None:
     """Run every network, seed and source."""
-    options = common.parse(__doc__, "resnet20", widths="W4A8,W4A4", sources=DEFAULT, known=("noise", "real", *SYNTHETIC))
+    options = common.parse(
+        __doc__, "resnet20", widths="W4A8,W4A4", compared=DEFAULT, word="source", known=("noise", "real", *SYNTHETIC)
+    )
     console = Console(width=140)
     common.print_head(f"Sources of {options.images} calibration images", options, console)
     figures: dict[str, Any] = {}
@@ -99,8 +101,8 @@ def _measure(net: str, subject: common.Subject, options: common.Options, console
 
     widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
     real = 0 if subject.training is None else len(subject.training)
-    sources = [source for source in options.sources if source != "real" or real >= options.images]
-    if sources != list(options.sources):
+    sources = [source for source in options.compared if source != "real" or real >= options.images]
+    if sources != list(options.compared):
         console.print(f"  real is left out: {real} training images for {options.images}", highlight=False)
     found: dict[str, dict[str, Any]] = {
         source: {"top1": {column: [] for column in ("INC W8A8", *widths)}} | {key: [] for key in (*COSTS, "quality")}

@@ -30,12 +30,14 @@ from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
+from inc_clusterq.report.losses import loss_figure
 from inc_clusterq.result import Result, Row
 from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthetic_set import workspace_dataset
 from inc_clusterq.tuning import Adaptor, Score, Strategy, TuningRequest
 
+LOSSES = "losses.png"
 PARITY_IMAGES = 256  # at most: each is run one by one through the compiled model
 FLOAT, STATIC, OURS = "float", "INC static, noise", "inc-clusterq"
 
@@ -93,6 +95,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             folder=os.path.relpath(config.model.folder, config.output),
             synthetic=quality,
         )
+        (folder / LOSSES).write_bytes(loss_figure(outcome.reconstruction))
         result.write(folder / RESULT)
     return result
 

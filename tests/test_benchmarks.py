@@ -99,7 +99,7 @@ def test_the_reconstruction_benchmark_measures_every_method(root: Path, tmp_path
     (tmp_path / "load.py").write_text(LOAD)
     figures = tmp_path / "figures.json"
     options = ("--nets", "mine", "--widths", "W4A4", "--seeds", "0", "--preset", "fast", "--json", str(figures))
-    done = run(root, "reconstruction.py", "--data", str(tmp_path), *options)
+    done = run(root, "reconstruction.py", "--data", str(tmp_path), *options, "--images", "20")
     assert done.returncode == 0, done.stderr
     measured = json.loads(figures.read_text())["nets"]["mine"]["widths"]["W4A4"]
     assert list(measured) == ["nearest", "AdaRound", "BRECQ", "QDrop", "MRECG ModCap", "MRECG loss", "ours"]
@@ -168,8 +168,21 @@ def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path
     assert not [line for line in lines if line.startswith("| net | latent+alignment")]
 
 
-def test_an_unknown_source_is_answered_with_those_there_are(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (
+            "synthesis.py",
+            ("--sources", "noise,clusterk"),
+            "'clusterk' is not a source; there are noise, real, statistics, clusterq",
+        ),
+        ("reconstruction.py", ("--methods", "QDropp"), "'QDropp' is not a method; there are nearest, AdaRound, BRECQ"),
+    ],
+)
+def test_what_is_not_compared_is_answered_with_what_is(
+    root: Path, tmp_path: Path, script: str, arguments: tuple[str, ...], message: str
+) -> None:
     (tmp_path / "load.py").write_text("")
-    done = run(root, "synthesis.py", "--data", str(tmp_path), "--sources", "noise,clusterk")
+    done = run(root, script, "--data", str(tmp_path), *arguments)
     assert done.returncode == 2
-    assert "'clusterk' is not a source; there are noise, real, statistics, clusterq" in done.stderr
+    assert message in " ".join(done.stderr.split())

@@ -142,6 +142,7 @@ def test_a_job_without_data_saves_a_model_that_the_plain_host_runs(bench: Bench)
     assert found["synthetic"]["layers"][0]["name"] == "stem.1"
     assert "Synthetic set: " in result.stdout
     assert {path.name for path in (bench.folder / "saved_results").iterdir()} == {
+        "losses.png",
         "result.json",
         "qconfig.json",
         "quantized_weight.pt",

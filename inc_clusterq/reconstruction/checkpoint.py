@@ -29,7 +29,7 @@ from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raised whenever the meaning of a file or the course of the optimisation changes
+FORMAT = 3  # raised whenever the meaning of a file or the course of the optimisation changes
 # These choose units, or where their tensors are kept, and do nothing else.
 NOT_THE_UNITS = {"granularity", "explicit_units", "top_k", "stack_layers", "stride_factor", "memory_budget"}
 

@@ -103,6 +103,20 @@ class ReconstructionSettings(BaseModel):
     drop_probability: float = Field(
         0.5, ge=0, le=1, description="Chance that an element stays unquantized during optimisation (QDrop: 0.5)."
     )
+    validation_share: float = Field(
+        0.125,
+        ge=0,
+        lt=1,
+        description="Share of the calibration images that no unit learns from: of a unit's start and its states after each "
+        "twentieth of the steps, the one of least loss on them stays. 0, or less than an image: the start is compared with the "
+        "end, on all images. Our choice.",
+    )
+    patience: int = Field(
+        2,
+        ge=1,
+        description="Once its rounding is decided, a unit stops when that loss has not fallen for this many twentieths of the "
+        "steps. 20: never before the end. Our choice.",
+    )
     range_norm: float = Field(2.4, ge=1, le=8, description="p of the Lp error that initial scales minimise (AdaRound: 2.4).")
     memory_budget: float = Field(
         4.0,

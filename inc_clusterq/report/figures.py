@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
@@ -72,6 +73,24 @@ def by_layer(names: Sequence[str], measures: Mapping[str, Sequence[float]], titl
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=7)
+    return _png(figure)
+
+
+def by_depth(passes: Mapping[str, Sequence[tuple[str, int, float]]], title: str) -> bytes:
+    """One staircase per pass over the layers of a network, from its units (name, number of layers, value)."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axis = figure.subplots()
+    starts: dict[int, str] = {}
+    for name, units in passes.items():
+        edges = [0, *accumulate(layers for _, layers, _ in units)]
+        axis.stairs([value for _, _, value in units], edges, baseline=None, linewidth=1.5, label=name)
+        starts.update(zip(edges, (unit for unit, _, _ in units), strict=False))
+    axis.set_xticks(list(starts), list(starts.values()), rotation=90, fontsize=6)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.set_title(title, fontsize=9)
     axis.legend(fontsize=7)

@@ -13,7 +13,7 @@ from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
-from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct, reconstruction_loss
+from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
@@ -43,13 +43,6 @@ def output_error(graph: QuantizedGraph, inputs: Tensor) -> float:
     with in_mode(graph.graph_module, Mode.FLOAT):
         expected = graph.graph_module(inputs)
     return float((graph.graph_module(inputs) - expected).square().mean())
-
-
-def test_the_loss_is_summed_over_channels_and_averaged_over_the_rest() -> None:
-    outputs, targets = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
-    outputs[0, :, 0, 0] = torch.tensor([1.0, 2.0, 3.0])
-    assert float(reconstruction_loss(outputs, targets)) == pytest.approx(14 / (2 * 4 * 5))
-    assert float(reconstruction_loss(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))) == 25
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "squeeze_excite", "concat"])

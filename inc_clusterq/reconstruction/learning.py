@@ -1,0 +1,229 @@
+"""The optimisation of one unit:   min over rounding, step sizes and biases of  E || f(x~) - y ||^2 + lambda R(V)
+
+y is the float network's output of the unit, and x~ the unit's input as the quantized units before it make it, mixed element by
+element with the float input (QDrop, arXiv 2203.05740). Some of the images are kept back: now and then the unit is hardened for
+a moment and its loss on them taken, and the best such state is what stays, the start included. So a unit is never worse than
+its start on images that it has not learned from, and learning ends where this loss has stopped falling.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from inc_clusterq.progress import Stage
+from inc_clusterq.reconstruction.dropping import draw_mask
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.quantizers import in_mode, simulated
+from inc_clusterq.reconstruction.rounding import beta_at, regulariser, soft_rounding
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+logger = logging.getLogger(__name__)
+
+FORWARD_BATCH = 64  # images per forward pass outside the optimisation
+CHECKS = 20  # evenly over the steps
+UNDECIDED = 0.001  # as long as more of the roundings are soft, the loss may still fall
+
+
+@dataclass
+class Flow:
+    """What goes into the current unit and what should come out; (N, ...) each, and may be mapped."""
+
+    float_inputs: Tensor
+    quantized_inputs: Tensor
+    targets: Tensor  # the float network's outputs of the unit
+    weights: Tensor | None  # of the loss, shape of the targets; None: 1
+    learned_from: Tensor  # numbers of the images
+    judged_by: Tensor  # the same
+
+    @property
+    def keeps_back(self) -> bool:
+        """Whether any image is judged by alone."""
+        return self.judged_by is not self.learned_from
+
+
+def reconstruction_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """|| y - y' ||^2 summed over channels, mean over batch and space; shapes (N, C, ...)."""
+    error = (outputs - targets).square()
+    return (error if weights is None else error * weights).sum(1).mean()
+
+
+def keep_back(count: int, share: float, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of the images to learn from, and to judge by: one tensor of all where the share is less than an image."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
+    kept = int(count * share)
+    return (order[kept:], order[:kept]) if 0 < kept < count else (order, order)
+
+
+def optimise(
+    module: fx.GraphModule,
+    flow: Flow,
+    settings: ReconstructionSettings,
+    generator: torch.Generator,
+    stage: Stage,
+    label: str,
+    settled: set[nn.Module],
+) -> None:
+    """Learn rounding, step sizes and biases of one unit, and leave them hard.
+
+    What a unit before this one has `settled` stays: the host may share a quantizer, and its first unit relies on it.
+    """
+    learned = nn.ModuleList(part for part in simulated(module) if part not in settled)
+    if not settings.iterations:
+        _harden(module, learned, learned=False)
+        return
+    if not len(learned):
+        stage.advance(settings.iterations, label)
+        return
+    best = _Best(module, learned, flow, generator.device)
+    activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
+    with (
+        _learning(activations, settings.drop_probability, generator),
+        in_mode(module, Mode.HARD),
+        in_mode(learned, Mode.LEARN),
+        torch.enable_grad(),
+    ):
+        _descend(module, learned, flow, settings, generator, stage, label, best)
+    best.take()
+
+
+class _Best:
+    """The state of least loss on the images that judge, of those that were looked at; the first is the start."""
+
+    def __init__(self, module: fx.GraphModule, learned: nn.ModuleList, flow: Flow, device: torch.device) -> None:
+        self._module, self._learned, self._flow, self._device = module, learned, flow, device
+        self._state, self._loss = _copied(learned), self._judged()
+        self.looks_since = 0
+
+    def look(self) -> None:
+        """Harden for a moment, and take the loss on the images that judge."""
+        soft = _copied(self._learned)
+        _harden(self._module, self._learned, learned=True)
+        loss = self._judged()
+        self.looks_since += 1
+        if loss < self._loss:
+            self._state, self._loss, self.looks_since = _copied(self._learned), loss, 0
+        self._learned.load_state_dict(soft)
+
+    def take(self) -> None:
+        """Go back to the best state."""
+        self._learned.load_state_dict(self._state)
+
+    @torch.no_grad()
+    def _judged(self) -> float:
+        flow, total = self._flow, 0.0
+        with in_mode(self._module, Mode.HARD):
+            for chosen in flow.judged_by.split(FORWARD_BATCH):
+                outputs = self._module(_take(flow.quantized_inputs, chosen))
+                total += float(reconstruction_loss(outputs, _take(flow.targets, chosen), _weights(flow, chosen))) * len(chosen)
+        return total / len(flow.judged_by)
+
+
+def _copied(parts: nn.ModuleList) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in parts.state_dict().items()}
+
+
+def _harden(module: fx.GraphModule, parts: nn.ModuleList, *, learned: bool) -> None:
+    """Fix what is deployed; corrections last, since they follow the weights."""
+    for part in parts:
+        if isinstance(part, WeightQuantizer):
+            part.harden(learned)
+        elif isinstance(part, ActivationQuantizer):
+            part.fix(*part.deployed())
+    for node in module.graph.nodes:
+        called = getattr(module, str(node.target), None) if node.op == "call_module" else None
+        if isinstance(called, BiasCorrection) and called in set(parts):
+            called.harden(getattr(module, str(node.args[1].target)).deployed())
+
+
+def _descend(
+    module: fx.GraphModule,
+    learned: nn.ModuleList,
+    flow: Flow,
+    settings: ReconstructionSettings,
+    generator: torch.Generator,
+    stage: Stage,
+    label: str,
+    best: _Best,
+) -> None:
+    steps, images = settings.iterations, len(flow.learned_from)
+    weights = [part for part in learned if isinstance(part, WeightQuantizer)]
+    activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
+    biases = [part.c for part in learned if isinstance(part, BiasCorrection)]
+    # The host leaves some operators' weights in float (transposed convolutions), and an optimiser wants a tensor.
+    rounding = torch.optim.Adam([weight.v for weight in weights] or [torch.zeros(())], lr=settings.weight_learning_rate)
+    scales = [activation.scale_shift for activation in activations]
+    scales += [activation.zero_point_shift for activation in activations if not activation.one_sided]
+    scales += [weight.scale_shift for weight in weights if weight.joint]
+    groups: list[dict[str, Any]] = [
+        {"params": scales or [torch.zeros(())], "lr": settings.activation_learning_rate},
+        {"params": biases, "lr": settings.bias_learning_rate},
+    ]
+    stepping = torch.optim.Adam([group for group in groups if group["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepping, T_max=steps)
+    look_every = max(1, steps // CHECKS)
+    for step in range(steps):
+        drawn = torch.randint(images, (min(settings.batch_size, images),), generator=generator, device=generator.device)
+        chosen = flow.learned_from[drawn]
+        x, y = _mixed(flow, chosen, settings.drop_probability, generator), _take(flow.targets, chosen)
+        loss = reconstruction_loss(module(x), y, _weights(flow, chosen))
+        beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
+        total = loss
+        if beta is not None:
+            total = loss + settings.rounding_weight * sum(regulariser(weight.v, beta) for weight in weights)
+        rounding.zero_grad(set_to_none=True)
+        stepping.zero_grad(set_to_none=True)
+        total.backward()
+        rounding.step()
+        stepping.step()
+        schedule.step()
+        if (step + 1) % look_every and step + 1 < steps:
+            continue
+        if flow.keeps_back or step + 1 == steps:
+            best.look()
+        stage.advance(look_every if (step + 1) % look_every == 0 else steps % look_every, f"{label} loss {loss:.4g}")
+        if step + 1 < steps and best.looks_since >= settings.patience and undecided(weights) < UNDECIDED:
+            logger.debug("%s: flat after %d of %d steps", label, step + 1, steps)
+            stage.advance(steps - step - 1, label)
+            return
+
+
+def undecided(weights: list[WeightQuantizer]) -> float:
+    """Share of the weights whose h(V) is not within 0.05 of 0 or 1."""
+    count = sum(weight.v.numel() for weight in weights)
+    return sum(int(((soft_rounding(weight.v) - 0.5).abs() < 0.45).sum()) for weight in weights) / max(count, 1)
+
+
+def _mixed(flow: Flow, chosen: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """x~: the quantized input with some of its elements as in the float network (QDrop)."""
+    x = _take(flow.quantized_inputs, chosen)
+    if not probability:
+        return x
+    return x.lerp_(_take(flow.float_inputs, chosen), draw_mask(x, probability, generator))
+
+
+def _weights(flow: Flow, chosen: Tensor) -> Tensor | None:
+    return None if flow.weights is None else _take(flow.weights, chosen)
+
+
+def _take(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """Images of a tensor that may be mapped, on the device of their numbers."""
+    return tensor[chosen.to(tensor.device)].to(chosen.device)
+
+
+@contextmanager
+def _learning(activations: list[ActivationQuantizer], probability: float, generator: torch.Generator) -> Iterator[None]:
+    """Activation quantizers drop elements, with randomness from `generator`."""
+    for activation in activations:
+        activation.drop_probability, activation.generator = probability, generator
+    try:
+        yield
+    finally:
+        for activation in activations:
+            activation.drop_probability, activation.generator = 0.0, None

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.progress import Stage
+from inc_clusterq.reconstruction.fake_quantize import Mode
+from inc_clusterq.reconstruction.graph import extract
+from inc_clusterq.reconstruction.learning import Flow, keep_back, optimise, reconstruction_loss
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+Network = Callable[[str], tuple[nn.Module, Tensor]]
+Quantized = Callable[..., QuantizedGraph]
+Quick = Callable[..., ReconstructionSettings]
+Learn = Callable[..., tuple[nn.Module, Flow]]
+
+LOUD = {"iterations": 40, "weight_learning_rate": 1.0, "rounding_weight": 10.0, "warm_up": 0.0, "beta_start": 2.1}
+"""Rounding that is decided after a few steps."""
+
+
+class Nobody(Stage):
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+
+@pytest.fixture
+def learn(quantized: Quantized, network: Network) -> Learn:
+    """The second unit of a chain after its optimisation, from the images of the given numbers and no others."""
+
+    def make(
+        settings: ReconstructionSettings,
+        learned_from: Tensor,
+        judged_by: Tensor,
+        spoilt: int | None = None,
+        spoilt_float: int | None = None,
+    ) -> tuple[nn.Module, Flow]:
+        _, inputs = network("chain")
+        graph = quantized("chain", settings)
+        initialise_activations(graph, inputs, 8)
+        unit = extract(graph.graph_module, graph.units[1])
+        first = extract(graph.graph_module, graph.units[0])
+        with torch.no_grad(), in_mode(graph.graph_module, Mode.FLOAT):
+            x = first(inputs)
+            flow = Flow(x.clone(), x.clone(), unit(x), None, learned_from, judged_by)
+        if spoilt is not None:
+            flow.float_inputs[spoilt] = flow.quantized_inputs[spoilt] = flow.targets[spoilt] = torch.nan
+        if spoilt_float is not None:
+            flow.float_inputs[spoilt_float] = torch.nan
+        optimise(unit, flow, settings, torch.Generator().manual_seed(0), Nobody(), "unit", set())
+        return unit, flow
+
+    return make
+
+
+def test_the_loss_is_summed_over_channels_and_averaged_over_the_rest() -> None:
+    outputs, targets = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
+    outputs[0, :, 0, 0] = torch.tensor([1.0, 2.0, 3.0])
+    assert float(reconstruction_loss(outputs, targets)) == pytest.approx(14 / (2 * 4 * 5))
+    assert float(reconstruction_loss(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))) == 25
+
+
+@pytest.mark.parametrize(("count", "share", "kept"), [(256, 0.125, 32), (24, 0.125, 3), (9, 0.125, 1), (100, 0.5, 50)])
+def test_images_are_learned_from_or_judged_by_and_never_both(count: int, share: float, kept: int) -> None:
+    learned_from, judged_by = keep_back(count, share, 3, torch.device("cpu"))
+    assert len(judged_by) == kept
+    assert sorted([*learned_from.tolist(), *judged_by.tolist()]) == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "share"), [(256, 0.0), (7, 0.125), (1, 0.9)])
+def test_all_images_do_both_where_the_share_is_less_than_one(count: int, share: float) -> None:
+    learned_from, judged_by = keep_back(count, share, 3, torch.device("cpu"))
+    assert learned_from is judged_by
+    assert sorted(learned_from.tolist()) == list(range(count))
+
+
+def test_the_images_kept_back_come_from_the_seed(quick: Quick) -> None:
+    first, same, other = (keep_back(64, 0.25, seed, torch.device("cpu"))[1] for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_an_image_that_is_in_neither_part_counts_for_nothing(learn: Learn, quick: Quick) -> None:
+    learned_from, judged_by = torch.arange(2, 20), torch.arange(20, 24)
+    expected, _ = learn(quick(iterations=20), learned_from, judged_by)
+    found, _ = learn(quick(iterations=20), learned_from, judged_by, spoilt=0)
+    for one, other in zip(expected.state_dict().values(), found.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_is_learned_from_the_images_that_judge(learn: Learn, quick: Quick) -> None:
+    # Judging takes the quantized inputs alone, so what the float ones hold would only be seen by learning.
+    parts = torch.arange(2, 20), torch.arange(20, 24)
+    expected, _ = learn(quick(iterations=20), *parts)
+    found, _ = learn(quick(iterations=20), *parts, spoilt_float=21)
+    for one, other in zip(expected.state_dict().values(), found.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-1, 1.0])
+def test_a_unit_is_never_worse_than_its_start_on_the_images_that_judge(learn: Learn, quick: Quick, rate: float) -> None:
+    parts = torch.arange(4, 24), torch.arange(4)
+    wild = {"weight_learning_rate": rate, "activation_learning_rate": rate, "bias_learning_rate": rate}
+
+    @torch.no_grad()
+    def judged(unit: nn.Module, flow: Flow) -> float:
+        with in_mode(unit, Mode.HARD):
+            return float(reconstruction_loss(unit(flow.quantized_inputs[parts[1]]), flow.targets[parts[1]]))
+
+    start = judged(*learn(quick(iterations=0), *parts))
+    assert judged(*learn(quick(iterations=30, **wild), *parts)) <= start * (1 + 1e-6)
+
+
+def test_a_unit_stops_when_its_rounding_is_decided_and_the_loss_is_flat(
+    learn: Learn, quick: Quick, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = torch.arange(4, 24), torch.arange(4)
+    caplog.set_level(logging.DEBUG, "inc_clusterq")
+    learn(quick(**LOUD, patience=20), *parts)
+    assert "flat" not in caplog.text
+    learn(quick(**LOUD, patience=1), *parts)
+    assert "flat after" in caplog.text
