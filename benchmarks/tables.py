@@ -1,6 +1,6 @@
 """Write the tables of the docs and the README from the figures that the other scripts here have recorded.
 
-python benchmarks/tables.py            rewrite docs/accuracy.md, deployment.md, reconstruction.md and README.md
+python benchmarks/tables.py            rewrite docs/accuracy.md, deployment.md, reconstruction.md, synthesis.md and README.md
 python benchmarks/tables.py --check    exit with status 1 if it is not what the figures say
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import synthesis_table
 from deployment_table import FLOAT, HEADINGS, rows
+from page import cell, conditions, row
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- written by benchmarks/tables.py -->", "<!-- end -->"
@@ -30,6 +31,7 @@ def main() -> None:
         (ROOT / "docs" / "accuracy.md", _sections(records)),
         (ROOT / "docs" / "deployment.md", _deployment(deployed)),
         (ROOT / "docs" / "reconstruction.md", _reconstruction(_records("reconstruction"))),
+        (ROOT / "docs" / "synthesis.md", synthesis_table.sections(_records("synthesis"))),
         (ROOT / "README.md", _summary(records)),
     )
     stale = False
@@ -58,21 +60,21 @@ def _sections(records: list[dict[str, Any]]) -> str:
 
 
 def _summary(records: list[dict[str, Any]]) -> str:
-    lines = [_row(["network", "width", "float", *SUMMARY]), _row(["---"] * (len(SUMMARY) + 3))]
+    lines = [row(["network", "width", "float", *SUMMARY]), row(["---"] * (len(SUMMARY) + 3))]
     for record in records:
         for net, found in record["top1"].items():
             for width, by_column in found["top1"].items():
-                cells = [_cell(by_column[column]) for column in SUMMARY]
-                lines.append(_row([net, width, f"{found['float']:.2f}", *cells]))
+                cells = [cell(by_column[column]) for column in SUMMARY]
+                lines.append(row([net, width, f"{found['float']:.2f}", *cells]))
     return "\n".join([*lines, ""])
 
 
 def _deployment(records: list[dict[str, Any]]) -> str:
     head = ["network", *HEADINGS]
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [row(head), row(["---"] * len(head))]
     for record in records:
         for net, found in record["models"].items():
-            lines += [_row([net if row[0] == FLOAT else "", *row]) for row in rows(found)]
+            lines += [row([net if model[0] == FLOAT else "", *model]) for model in rows(found)]
     conditions = {(record["threads"], record["cpu"], *record["environment"].items()) for record in records}
     for threads, cpu, *environment in sorted(conditions, key=str):
         versions = ", ".join(f"{name} {value}" for name, value in environment)
@@ -89,12 +91,12 @@ def _methods(record: dict[str, Any]) -> str:
     lines = []
     for net, found in record["nets"].items():
         lines += [f"## {net}, float {found['float']:.2f}", ""]
-        lines += [_row(["width", "method", "top 1", "largest loss", "largest ratio", "seconds"]), _row(["---"] * 6)]
+        lines += [row(["width", "method", "top 1", "largest loss", "largest ratio", "seconds"]), row(["---"] * 6)]
         for width, methods in found["widths"].items():
             measured = {method: values for method, values in methods.items() if values["top1"]}
-            lines += [_row([width, method, *[_cell(values[key]) for key in measures]]) for method, values in measured.items()]
+            lines += [row([width, method, *[cell(values[key]) for key in measures]]) for method, values in measured.items()]
         lines += ["", f"{found['splits'].capitalize()}."]
-    return "\n".join([*lines, *_conditions(record)])
+    return "\n".join([*lines, *conditions(record)])
 
 
 def _section(record: dict[str, Any]) -> str:
@@ -102,33 +104,11 @@ def _section(record: dict[str, Any]) -> str:
     for net, found in record["top1"].items():
         columns = list(next(iter(found["top1"].values())))
         lines += [f"## {net}, float {found['float']:.2f}", ""]
-        lines += [_row(["width", *columns]), _row(["---"] * (len(columns) + 1))]
+        lines += [row(["width", *columns]), row(["---"] * (len(columns) + 1))]
         for width, by_column in found["top1"].items():
-            lines.append(_row([width, *[_cell(by_column[column]) for column in columns]]))
+            lines.append(row([width, *[cell(by_column[column]) for column in columns]]))
         lines += ["", f"{found['splits'].capitalize()}."]
-    return "\n".join([*lines, *_conditions(record)])
-
-
-def _conditions(record: dict[str, Any]) -> list[str]:
-    seeds = ", ".join(map(str, record["seeds"]))
-    environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
-    return [
-        f"{record['images']} calibration images; preset `{record['preset']}`; seeds {seeds}; {environment}.",
-        "",
-        f"`{record['command']}`",
-        "",
-    ]
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "\n".join([*lines, *conditions(record)])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -133,6 +134,38 @@ def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, t
     assert found["noise"]["seconds"] == []
     assert found["statistics"]["peak_mb"][0] > 100
     assert found["statistics"]["quality"][0]["statistics_distance"] < found["noise"]["quality"][0]["statistics_distance"]
+
+
+def source(top1: list[float]) -> dict[str, Any]:
+    quality = [{"statistics_distance": 0.012, "diversity": 4.0} for _ in top1]
+    return {"top1": {"INC W8A8": top1, "W4A4": []}, "seconds": [50.0, 52.0], "peak_mb": [900.4], "quality": quality}
+
+
+def record(images: int, sources: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "command": f"python benchmarks/synthesis.py --images {images}",
+        "preset": "fast",
+        "seeds": [0, 1],
+        "environment": {"torch": "2"},
+        "images": images,
+        "synthesis": {"net": {"float": 91.5, "splits": "s", "sources": {name: source(top1) for name, top1 in sources.items()}}},
+    }
+
+
+def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    table = importlib.import_module("synthesis_table")
+    usual = record(256, {"noise": [80.0, 82.0], "latent+alignment": [90.0]})
+    lines = table.sections([usual]).splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["### Sources", "#### net, float 91.50"]
+    assert "| noise | 81.00 ± 1.41 | - | 51 ± 1 | 900 | 0.012 ± 0.000 | 4.0 ± 0.0 |" in lines
+    assert "`python benchmarks/synthesis.py --images 256`" in lines
+    lines = table.sections([usual, record(256, {"clusterq-prior": [89.0]}), record(64, {"noise": [70.0]})]).splitlines()
+    titles = ["### Sources", "### Without one part", "### Numbers of images"]
+    assert [line for line in lines if line.startswith("### ")] == titles
+    assert lines.index("| net | noise | 64 | 70.00 | - |") + 1 == lines.index("| net | noise | 256 | 81.00 ± 1.41 | - |")
+    assert not [line for line in lines[: lines.index(titles[1])] if "clusterq-prior" in line]
+    assert not [line for line in lines if line.startswith("| net | latent+alignment")]
 
 
 @pytest.mark.parametrize(

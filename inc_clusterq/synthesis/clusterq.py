@@ -30,6 +30,7 @@ from inc_clusterq.synthesis.generator import Generator, build_generator
 from inc_clusterq.synthesis.latent import solve
 from inc_clusterq.synthesis.objective import draw_diversity, evaluate
 from inc_clusterq.synthesis.refine import random_samples, refine
+from inc_clusterq.synthesis.resolution import half_size
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher, teach
@@ -92,11 +93,12 @@ def synthesise_into(
                 return solve(batch, teacher, spec, settings, rng, stage)
         else:
             title = "Refining synthetic inputs"
-            start = start_samples(labels, teacher, spec, settings, rng, draft, progress)
+            coarse = half_size(teacher, spec) if settings.coarse_iterations else None
+            start = start_samples(labels, teacher, coarse or spec, settings, rng, draft, progress)
 
             def optimise(batch: Batch, stage: Stage) -> Tensor:
                 inputs = start(batch.rows)
-                return refine(inputs, batch, teacher, spec, settings, rng, stage) if steps else inputs
+                return refine(inputs, batch, teacher, spec, coarse, settings, rng, stage) if steps else inputs
 
         with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
             make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)

@@ -8,7 +8,7 @@ With D_l(m, t) the distance between two sets of channel moments at BatchNorm lay
     L_BNS  = 1/L sum_l D_l(moments of the batch, running statistics of l)           statistics
     L_SFDA = mean over classes c of the batch, mean over l >= l0 of
              D_l(moments of class c, centroid of c at l + noise)                    alignment
-    L_TV   = mean |difference of neighbours| / value range                          prior (not in the paper)
+    L_TV   = mean |difference of neighbours| / value range (`variation`)            prior (not in the paper)
 
 The paper sums L_SFDA over classes and layers; the means keep one weight right for ten classes and for a thousand. In the
 released code only the deepest layer counts and every class has the same centroid; here each layer and class has its own.
@@ -27,6 +27,7 @@ from inc_clusterq.synthesis.centroids import Centroids
 from inc_clusterq.synthesis.settings import ClusterQSettings, Distance
 from inc_clusterq.synthesis.statistics import Moments, Reference, batch_moments, class_moments
 from inc_clusterq.synthesis.teacher import Observation, Teacher
+from inc_clusterq.synthesis.variation import total_variation
 
 
 def distance(moments: Moments, target: Moments, layer: Reference, kind: Distance) -> Tensor:
@@ -96,16 +97,6 @@ def draw_diversity(
         e_mean, e_variance = (torch.randn(classes, len(variance), generator=rng).to(variance) for _ in range(2))
         drawn.append(Moments(mean_scale * e_mean * deviation, variance_scale * e_variance * variance))
     return tuple(drawn)
-
-
-def total_variation(x: Tensor, spec: InputSpec) -> Tensor:
-    """L_TV of `x` (N, *shape): mean absolute difference of neighbours, as a share of the value range, per spatial axis."""
-    axes = range(2, x.dim())
-    if not axes:
-        return x.new_zeros(())
-    low, high = spec.bounds(x)
-    unit = x / (high - low)
-    return torch.stack([unit.diff(dim=axis).abs().mean() for axis in axes if x.shape[axis] > 1] or [unit.sum() * 0]).mean()
 
 
 @dataclass(frozen=True)

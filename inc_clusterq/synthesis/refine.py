@@ -14,9 +14,15 @@ from inc_clusterq.progress import Stage
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch
 from inc_clusterq.synthesis.objective import evaluate
+from inc_clusterq.synthesis.plateau import Plateau
+from inc_clusterq.synthesis.resolution import enlarge, is_large
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.teacher import Teacher
 
+SMALL_RATE, LARGE_RATE = (
+    0.03,
+    0.01,
+)  # by trial: at 224 pixels the higher one drives the statistics away before it brings them back
 START_DEVIATION = 0.25  # of the value range, of the noise that is refined where no generator ran
 
 
@@ -38,27 +44,57 @@ def to_unit(x: Tensor, spec: InputSpec) -> Tensor:
 
 
 def refine(
-    inputs: Tensor,  # (N, *spec.shape), normalised, inside the range
+    inputs: Tensor,  # (N, *shape) of `coarse` where that is given, else of `spec`; normalised, inside the range
     batch: Batch,
     teacher: Teacher,
     spec: InputSpec,
+    coarse: InputSpec | None,
     settings: ClusterQSettings,
     rng: torch.Generator,
     stage: Stage,
 ) -> Tensor:
-    """The inputs of one batch after `refine_iterations` steps, same shape and range, where the teacher lies."""
-    unit = to_unit(inputs.to(teacher.device), spec).requires_grad_()
-    optimiser = torch.optim.Adam([unit], settings.refine_learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.refine_iterations)
-    for _ in range(settings.refine_iterations):
-        x = from_unit(unit, spec)
+    """The inputs of one batch after `refine_iterations` steps, (N, *spec.shape), inside the range, where the teacher lies.
+
+    With `coarse` the first `coarse_iterations` of them are made at its size.
+    """
+    x, steps = inputs.to(teacher.device), settings.refine_iterations
+    if coarse is not None:
+        steps -= settings.coarse_iterations
+        x = _descend(x, settings.coarse_iterations, batch, teacher, coarse, spec, settings, rng, stage)
+        x = enlarge(x, spec)
+    return _descend(x, steps, batch, teacher, spec, spec, settings, rng, stage)
+
+
+def _descend(
+    inputs: Tensor,
+    steps: int,
+    batch: Batch,
+    teacher: Teacher,
+    spec: InputSpec,  # of these inputs
+    full: InputSpec,  # of the finished ones
+    settings: ClusterQSettings,
+    rng: torch.Generator,
+    stage: Stage,
+) -> Tensor:
+    unit = to_unit(inputs, spec).requires_grad_()
+    rate = settings.refine_learning_rate
+    optimiser = torch.optim.Adam([unit], rate if rate is not None else LARGE_RATE if is_large(full) else SMALL_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    plateau = Plateau(settings.patience, steps)
+    low, high = spec.bounds(unit)
+    for step in range(steps):
+        x = torch.addcmul(low, high - low, unit)  # `from_unit` without its clamp, which costs two passes over an image
         seen = teacher.observe(augment(x, settings.augmentation, rng))
         losses = evaluate(x, seen, batch.labels, teacher, spec, settings, batch.centroids, batch.noise)
+        loss = losses.total(settings)
         optimiser.zero_grad()
-        losses.total(settings).backward()
+        loss.backward()
         optimiser.step()
         with torch.no_grad():
             unit.clamp_(0, 1)
         schedule.step()
+        if plateau.reached(loss.item()):
+            stage.advance(steps - step, losses.note())
+            break
         stage.advance(1, losses.note())
     return from_unit(unit.detach(), spec)

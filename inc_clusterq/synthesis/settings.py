@@ -25,8 +25,8 @@ class ClusterQSettings(BaseModel):
         default="clusterq",
         description="`clusterq`: one generator paints the whole set, then the images themselves are optimised. `latent`: each "
         "batch has a small generator of its own, optimised together with the batch's latents (after Genie-D, CVPR 2023); "
-        "`iterations`, the warm-up, `batch_size` and `refine_learning_rate` then play no part. Our choice: the one whose "
-        "accuracy is recorded.",
+        "`iterations`, the warm-up, `batch_size`, `refine_learning_rate` and `coarse_share` then play no part. Our choice; "
+        "docs/synthesis.md compares both.",
     )
 
     iterations: int = Field(
@@ -130,11 +130,26 @@ class ClusterQSettings(BaseModel):
         description="Steps of optimisation of each batch: of its images, after the generator (0 keeps what that painted); "
         "with `latent` of its latents and generator. By trial.",
     )
-    refine_learning_rate: float = Field(
-        default=0.03,
+    refine_learning_rate: float | None = Field(
+        default=None,
         gt=0,
         le=1,
-        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. By trial.",
+        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. Null: 0.03, and "
+        "0.01 for images of 96 pixels or more. By trial.",
+    )
+    coarse_share: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="Share of the refinement of images of 96 pixels or more that is done at half their size, as is then the "
+        "training of the generator: a quarter of the cost (`clusterq` only; not where the model takes one size alone). By "
+        "trial: statistics end further off than after as many steps at the full size, so it is for `fast`.",
+    )
+    patience: int = Field(
+        default=50,
+        ge=0,
+        description="A batch whose mean loss over so many steps is not 1 % below that of as many before has come to rest, and "
+        "is finished early; asked in the second half of its steps. 0: never. Our choice.",
     )
     refine_batch: int = Field(
         default=64,
@@ -144,10 +159,15 @@ class ClusterQSettings(BaseModel):
     )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": {"iterations": 60, "warmup_iterations": 40, "refine_iterations": 100},
+        "fast": {"iterations": 60, "warmup_iterations": 40, "refine_iterations": 100, "coarse_share": 0.4},
         "balanced": {},
         "best": {"iterations": 500, "warmup_iterations": 300, "refine_iterations": 1000},
     }
+
+    @property
+    def coarse_iterations(self) -> int:
+        """Steps of the refinement of a batch at half the image size, where that is possible; below `refine_iterations`."""
+        return int(self.coarse_share * self.refine_iterations)
 
     @property
     def generator_rate(self) -> float:

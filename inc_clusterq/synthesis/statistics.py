@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from inc_clusterq.errors import ModelError
+from inc_clusterq.synthesis.blocks import row_blocks
 
 T = TypeVar("T")
 
@@ -104,11 +105,13 @@ class _SampleMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # x: (..., S)
-        mean = x.mean(-1)
-        # Two passes: E[x^2] - m^2 would lose every digit where a channel's mean is large against its deviation.
-        centred = x - mean.unsqueeze(-1)
-        variance = torch.linalg.vecdot(centred, centred) / x.shape[-1]
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # x: (N, ..., S)
+        mean, variance = x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1])
+        for rows in row_blocks(x):
+            # Two passes: E[x^2] - m^2 would lose every digit where a channel's mean is large against its deviation.
+            torch.mean(x[rows], -1, out=mean[rows])
+            centred = x[rows] - mean[rows].unsqueeze(-1)
+            variance[rows] = torch.linalg.vecdot(centred, centred) / x.shape[-1]
         ctx.save_for_backward(x, mean)
         return mean, variance
 

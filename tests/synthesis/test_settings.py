@@ -13,7 +13,7 @@ from inc_clusterq.synthesis.settings import ClusterQSettings
 @pytest.mark.parametrize("name", ["fast", "balanced", "best"])
 def test_presets_are_valid_and_differ_in_effort_alone(name: str) -> None:
     settings = ClusterQSettings(**ClusterQSettings.PRESETS[name])
-    effort = {"iterations", "warmup_iterations", "refine_iterations"}
+    effort = {"iterations", "warmup_iterations", "refine_iterations", "coarse_share"}
     changed = {key for key, value in settings if value != getattr(ClusterQSettings(), key)}
     assert changed <= effort
     assert 0 < settings.warmup_iterations < settings.iterations
@@ -26,7 +26,7 @@ def test_presets_rise_in_effort() -> None:
 
 
 def test_every_key_says_what_it_is_and_where_its_default_comes_from() -> None:
-    sources = ("Paper", "Released code", "Measured", "Our choice", "paper", "See classification_weight")
+    sources = ("Paper", "Released code", "By trial", "by trial", "Our choice", "paper", "See classification_weight")
     for name, field in ClusterQSettings.model_fields.items():
         assert field.description, name
         assert any(source in field.description for source in sources), name

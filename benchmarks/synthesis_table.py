@@ -1,0 +1,65 @@
+"""The tables of sources of calibration images, as `tables.py` writes them into docs/synthesis.md from recorded figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from page import cell, conditions, table
+
+IMAGES = 256  # of the tables that compare sources; records of other numbers show what more or fewer images are worth
+MEASURES = ("statistics_distance", "diversity")  # of the set, beside what it led to
+NOTHING = "No figures have been recorded yet."
+
+
+def sections(records: list[dict[str, Any]]) -> str:
+    """All tables: sources side by side, what each part is worth, and numbers of images."""
+    usual = [record for record in records if record["images"] == IMAGES]
+    lines = ["### Sources", ""]
+    lines += _compared([record for record in usual if not is_ablation(record)]) or [NOTHING, ""]
+    if ablations := [record for record in usual if is_ablation(record)]:
+        lines += ["### Without one part", "", *_compared(ablations)]
+    if len({record["images"] for record in records}) > 1:
+        lines += ["### Numbers of images", "", *_numbers(records)]
+    return "\n".join(lines)
+
+
+def is_ablation(record: dict[str, Any]) -> bool:
+    """Whether a record holds a source with one of its parts taken away, such as `clusterq-alignment`."""
+    return any("-" in source for found in record["synthesis"].values() for source in found["sources"])
+
+
+def _compared(records: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for record in records:
+        for net, found in record["synthesis"].items():
+            columns = list(next(iter(found["sources"].values()))["top1"])
+            headings = ["source", *columns, "seconds", "peak MB", "distance", "diversity"]
+            rows = [[source, *_cells(entry, columns)] for source, entry in found["sources"].items()]
+            lines += [f"#### {net}, float {found['float']:.2f}", "", *table(headings, rows)]
+            lines += ["", f"{found['splits'].capitalize()}."]
+        lines += conditions(record)
+    return lines
+
+
+def _cells(entry: dict[str, Any], columns: list[str]) -> list[str]:
+    measured = [[quality[measure] for quality in entry["quality"]] for measure in MEASURES]
+    costs = [cell(entry["seconds"], 0), cell(entry["peak_mb"], 0)]
+    return [*[cell(entry["top1"][column]) for column in columns], *costs, cell(measured[0], 3), cell(measured[1], 1)]
+
+
+def _numbers(records: list[dict[str, Any]]) -> list[str]:
+    """Networks and sources of which several numbers of images are recorded, fewest first."""
+    found: dict[tuple[str, str], dict[int, dict[str, list[float]]]] = {}
+    for record in records:
+        for net, measured in record["synthesis"].items():
+            for source, entry in measured["sources"].items():
+                found.setdefault((net, source), {})[record["images"]] = entry["top1"]
+    several = {key: by_number for key, by_number in found.items() if len(by_number) > 1}
+    columns = list(dict.fromkeys(column for numbers in several.values() for top1 in numbers.values() for column in top1))
+    rows = [
+        [net, source, str(images), *[cell(numbers[images].get(column, [])) for column in columns]]
+        for (net, source), numbers in several.items()
+        for images in sorted(numbers)
+    ]
+    others = [line for record in records if record["images"] != IMAGES for line in conditions(record)]
+    return [*table(["network", "source", "images", *columns], rows), "", *others]

@@ -1,0 +1,45 @@
+"""Coarse to fine: the first steps at half the image size, where each costs a quarter, the rest at the full one.
+
+Shapes, colours and classes come about at any size; what half-size images lack, enlarged, is the finest texture, and the
+steps at the full size bring its statistics back. Only images, (C, H, W), have a size that can be halved without being
+something else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.teacher import Teacher
+
+LEAST = 96  # pixels of the shorter side below which images are cheap, and half of them too small for most networks
+
+
+def is_large(spec: InputSpec) -> bool:
+    """Whether inputs are images, (C, H, W), that are worth halving."""
+    return len(spec.shape) == 3 and min(spec.shape[1:]) >= LEAST
+
+
+def half_size(teacher: Teacher, spec: InputSpec) -> InputSpec | None:
+    """The specification of images of half the size; None for what is no image, too small, or needed at its size."""
+    if not is_large(spec):
+        return None
+    channels, *space = spec.shape
+    half = replace(spec, shape=(channels, *(math.ceil(size / 2) for size in space)))
+    low, high = spec.bounds(torch.zeros((), device=teacher.device))
+    try:
+        with torch.no_grad():
+            seen = teacher.observe(((low + high) / 2).expand(2, *half.shape))
+    except (RuntimeError, ValueError, AssertionError):  # how torch and users' networks refuse a size
+        return None
+    return half if seen.logits is None or seen.logits.shape == (2, teacher.num_classes) else None
+
+
+def enlarge(x: Tensor, spec: InputSpec) -> Tensor:
+    """Images (N, C, h, w) at the size of `spec`, interpolated between neighbours, inside the value range."""
+    low, high = spec.bounds(x)
+    return nn.functional.interpolate(x, spec.shape[1:], mode="bilinear", align_corners=False).clamp(low, high)
