@@ -19,10 +19,8 @@ from inc_clusterq.synthesis.resolution import enlarge, is_large
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.teacher import Teacher
 
-SMALL_RATE, LARGE_RATE = (
-    0.03,
-    0.01,
-)  # by trial: at 224 pixels the higher one drives the statistics away before it brings them back
+# By trial: at 224 pixels the higher rate drives the statistics away before it brings them back.
+SMALL_RATE, LARGE_RATE = 0.03, 0.01
 START_DEVIATION = 0.25  # of the value range, of the noise that is refined where no generator ran
 
 
