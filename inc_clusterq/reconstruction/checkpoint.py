@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
 
+CHECKSUM = "sha256"  # key in a file's metadata
 FORMAT = 3  # raised whenever the meaning of a file or the course of the optimisation changes
 # These choose units, or where their tensors are kept, and do nothing else.
 NOT_THE_UNITS = {"granularity", "explicit_units", "top_k", "stack_layers", "stride_factor", "memory_budget"}
@@ -72,9 +73,9 @@ class Chain:
         if self.folder is None or not self._file.exists():
             return False
         try:
-            state = load_file(self._file)
+            state = _read(self._file)
             found = [(quantizer, _values(state, name, quantizer)) for name, quantizer in _named_quantizers(module)]
-        except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+        except (SafetensorError, KeyError, RuntimeError, ValueError, OSError) as error:
             logger.warning("%s cannot be used (%s); the unit is computed again", self._file, error)
             return False
         for quantizer, values in found:  # all of them or none
@@ -100,7 +101,7 @@ class Chain:
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".partial")
         os.close(handle)
         try:
-            save_file(state, temporary)
+            save_file(state, temporary, {CHECKSUM: _checksum(state)})
             os.replace(temporary, self._file)
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -126,6 +127,24 @@ def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[
         integers = state[f"{name}.integers"].to(quantizer.integers).reshape(quantizer.integers.shape)
         return integers, scale.to(quantizer.start_scale).reshape(quantizer.start_scale.shape)
     return float(scale), int(state[f"{name}.zero_point"])
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a unit's file; ValueError where they are not those that were written."""
+    state = load_file(file)
+    with safe_open(file, "pt") as opened:
+        written = (opened.metadata() or {}).get(CHECKSUM)
+    if written != _checksum(state):
+        raise ValueError("its checksum is wrong")
+    return state
+
+
+def _checksum(state: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + _bytes(tensor))
+    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -126,7 +126,13 @@ def lose_a_tensor(file: Path) -> None:
     save_file({key: value + 1 for key, value in sorted(state.items())[:-1]}, file)
 
 
-@pytest.mark.parametrize("damage", [shorten, empty, lose_a_tensor])
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [shorten, empty, lose_a_tensor, flip_a_bit])
 def test_a_damaged_unit_is_computed_again_with_a_warning(
     job: Callable[[str], Job],
     quick: Quick,
