@@ -30,7 +30,6 @@ from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
-from inc_clusterq.report.losses import loss_figure
 from inc_clusterq.result import Result, Row
 from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.statistics import batch_norms
@@ -95,6 +94,8 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             folder=os.path.relpath(config.model.folder, config.output),
             synthetic=quality,
         )
+        from inc_clusterq.report.losses import loss_figure  # heavy: only once there is something to draw
+
         (folder / LOSSES).write_bytes(loss_figure(outcome.reconstruction))
         result.write(folder / RESULT)
     return result

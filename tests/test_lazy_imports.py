@@ -32,7 +32,7 @@ def test_a_job_is_read_without_host_or_torchvision(root: Path, module: str) -> N
     assert imported_by(f"import inc_clusterq.{module}", root) <= {"torch", "pydantic"}
 
 
-def test_a_job_runs_without_the_library_that_draws_figures(root: Path) -> None:
+def test_a_job_starts_without_the_library_that_draws_figures(root: Path) -> None:
     assert "matplotlib" not in imported_by("import inc_clusterq.pipeline, inc_clusterq.synthetic_set", root)
 
 
