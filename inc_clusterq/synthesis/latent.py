@@ -21,8 +21,8 @@ from inc_clusterq.progress import Stage
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch
 from inc_clusterq.synthesis.generator import build_generator
-from inc_clusterq.synthesis.objective import evaluate
-from inc_clusterq.synthesis.plateau import Plateau
+from inc_clusterq.synthesis.objective import Losses, evaluate
+from inc_clusterq.synthesis.plateau import descend
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.swing import swinging
 from inc_clusterq.synthesis.teacher import Teacher
@@ -42,22 +42,14 @@ def solve(
         {"params": [z], "lr": settings.latent_learning_rate},
     ]
     optimiser = torch.optim.Adam(groups, betas=settings.betas)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.refine_iterations)
-    plateau = Plateau(settings.patience, settings.refine_iterations)
-    for step in range(settings.refine_iterations):
+
+    def evaluated() -> Losses:
         x = generator(z, labels)[:samples]
         with swinging(teacher.module, rng, wanted=settings.swing):
             seen = teacher.observe(augment(x, settings.augmentation, rng))
-        losses = evaluate(x, seen, batch.labels, teacher, spec, settings, batch.centroids, batch.noise)
-        loss = losses.total(settings)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if plateau.reached(loss.item()):
-            stage.advance(settings.refine_iterations - step, losses.note())
-            break
-        stage.advance(1, losses.note())
+        return evaluate(x, seen, batch.labels, teacher, spec, settings, batch.centroids, batch.noise)
+
+    descend(evaluated, optimiser, settings.refine_iterations, settings, stage)
     with torch.no_grad():
         solved: Tensor = generator(z, labels)[:samples]
     return solved

@@ -8,6 +8,14 @@ the sake of another term, and fall again when the rate does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
+from inc_clusterq.progress import Stage
+from inc_clusterq.synthesis.objective import Losses
+from inc_clusterq.synthesis.settings import ClusterQSettings
+
 FALL = 0.01  # the least share by which a loss that is worth more steps falls from one window to the next
 
 
@@ -26,3 +34,28 @@ class Plateau:
             return False
         before, last = sum(self.losses[taken - 2 * window : taken - window]), sum(self.losses[taken - window :])
         return last > (1 - FALL) * before
+
+
+def descend(
+    evaluated: Callable[[], Losses],
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+    settings: ClusterQSettings,
+    stage: Stage,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """`steps` of `optimiser` with its rates on a cosine to 0, or fewer where the loss comes to rest; `after` follows each."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    plateau = Plateau(settings.patience, steps)
+    for step in range(steps):
+        losses = evaluated()
+        loss = losses.total(settings)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        after()
+        schedule.step()
+        if plateau.reached(loss.item()):
+            stage.advance(steps - step, losses.note())
+            return
+        stage.advance(1, losses.note())

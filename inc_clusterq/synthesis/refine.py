@@ -13,8 +13,8 @@ from inc_clusterq.inputs import InputSpec
 from inc_clusterq.progress import Stage
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch
-from inc_clusterq.synthesis.objective import evaluate
-from inc_clusterq.synthesis.plateau import Plateau
+from inc_clusterq.synthesis.objective import Losses, evaluate
+from inc_clusterq.synthesis.plateau import descend
 from inc_clusterq.synthesis.resolution import enlarge, is_large
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.teacher import Teacher
@@ -77,22 +77,12 @@ def _descend(
     unit = to_unit(inputs, spec).requires_grad_()
     rate = settings.refine_learning_rate
     optimiser = torch.optim.Adam([unit], rate if rate is not None else LARGE_RATE if is_large(full) else SMALL_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    plateau = Plateau(settings.patience, steps)
     low, high = spec.bounds(unit)
-    for step in range(steps):
+
+    def evaluated() -> Losses:
         x = torch.addcmul(low, high - low, unit)  # `from_unit` without its clamp, which costs two passes over an image
         seen = teacher.observe(augment(x, settings.augmentation, rng))
-        losses = evaluate(x, seen, batch.labels, teacher, spec, settings, batch.centroids, batch.noise)
-        loss = losses.total(settings)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        with torch.no_grad():
-            unit.clamp_(0, 1)
-        schedule.step()
-        if plateau.reached(loss.item()):
-            stage.advance(steps - step, losses.note())
-            break
-        stage.advance(1, losses.note())
+        return evaluate(x, seen, batch.labels, teacher, spec, settings, batch.centroids, batch.noise)
+
+    descend(evaluated, optimiser, steps, settings, stage, after=lambda: unit.data.clamp_(0, 1))
     return from_unit(unit.detach(), spec)
