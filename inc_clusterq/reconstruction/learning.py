@@ -22,7 +22,7 @@ from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser, soft_rounding
-from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +168,9 @@ def _descend(
     stepping = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepping, T_max=steps)
     look_every = max(1, steps // CHECKS)
+    batch = min(images, images_per_step(flow.targets[0], settings))
     for step in range(steps):
-        drawn = torch.randint(images, (min(settings.batch_size, images),), generator=generator, device=generator.device)
+        drawn = torch.randint(images, (batch,), generator=generator, device=generator.device)
         chosen = flow.learned_from[drawn]
         x, y = _mixed(flow, chosen, settings.drop_probability, generator), _take(flow.targets, chosen)
         loss = reconstruction_loss(module(x), y, _weights(flow, chosen))
@@ -192,6 +193,12 @@ def _descend(
             logger.debug("%s: flat after %d of %d steps", label, step + 1, steps)
             stage.advance(steps - step - 1, label)
             return
+
+
+def images_per_step(target: Tensor, settings: ReconstructionSettings) -> int:
+    """As many images as have `step_positions` positions; `target` is the output for one of them, of shape (C, ...)."""
+    positions = target[0].numel()
+    return min(settings.batch_size, max(FEWEST_IMAGES, settings.step_positions // max(positions, 1)))
 
 
 def undecided(weights: list[WeightQuantizer]) -> float:

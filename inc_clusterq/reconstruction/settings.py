@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+FEWEST_IMAGES = 4  # of a step whose images have many positions
+
 
 class ReconstructionSettings(BaseModel):
     """Every expert key of the reconstruction; the same names serve in YAML, in Python and in the result's JSON."""
@@ -13,7 +15,7 @@ class ReconstructionSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": {"iterations": 200, "weight_learning_rate": 0.1},
+        "fast": {"iterations": 400, "weight_learning_rate": 0.06},
         "balanced": {"iterations": 1000, "weight_learning_rate": 0.03},
         "best": {"iterations": 5000, "weight_learning_rate": 0.01},
     }
@@ -65,7 +67,13 @@ class ReconstructionSettings(BaseModel):
         1e-3, ge=0, le=1, description="Adam step on biases, relative to the deviation of the layer's output, cosine decay."
     )
     iterations: int = Field(1000, ge=0, le=100_000, description="Optimisation steps per unit (released code: 20000).")
-    batch_size: int = Field(32, ge=1, le=4096, description="Images per step (QDrop: 32).")
+    batch_size: int = Field(32, ge=1, le=4096, description="Most images per step (QDrop: 32).")
+    step_positions: int = Field(
+        4096,
+        ge=1,
+        description="Positions of a unit's output map that are enough for a step: units with large maps take fewer images, but "
+        f"at least {FEWEST_IMAGES}, since neighbouring positions are samples too. The time goes into more steps. By trial.",
+    )
     weight_learning_rate: float = Field(
         0.03,
         gt=0,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.graph import extract
-from inc_clusterq.reconstruction.learning import Flow, keep_back, optimise, reconstruction_loss
+from inc_clusterq.reconstruction.learning import Flow, images_per_step, keep_back, optimise, reconstruction_loss
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
@@ -54,6 +54,23 @@ def learn(quantized: Quantized, network: Network) -> Learn:
         return unit, flow
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("shape", "images"),
+    [
+        ((64, 8, 8), 32),  # 64 positions each: 64 images would have 4,096, but 32 are the most
+        ((32, 16, 16), 16),
+        ((16, 32, 32), 4),
+        ((16, 112, 112), 4),  # 12,544 positions: the fewest images
+        ((16, 8, 8, 8), 8),
+        ((1000,), 32),
+    ],
+)
+def test_a_step_takes_as_many_images_as_have_enough_positions(shape: tuple[int, ...], images: int) -> None:
+    settings = ReconstructionSettings(batch_size=32, step_positions=4096)
+    assert images_per_step(torch.empty(shape), settings) == images
+    assert images_per_step(torch.empty(shape), ReconstructionSettings(batch_size=2)) == 2
 
 
 def test_the_loss_is_summed_over_channels_and_averaged_over_the_rest() -> None:
