@@ -179,6 +179,17 @@ def reconstructed(
     return adaptor.tune(exported, images.split(BATCH), [trial], request, score=lambda model: 1.0, workspace=None).model
 
 
+def forget_peak() -> None:
+    """Let the highest memory of this process, `VmHWM`, begin anew at what it uses now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def memory_mb(key: str) -> float:
+    """`VmRSS` or `VmHWM` of this process in MB; its `ru_maxrss` would count what the parent used before it began."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(status[key].split()[0]) / 1024
+
+
 def print_head(title: str, options: Options, console: Console) -> None:
     """Seeds, machine and versions: what the figures below depend on."""
     console.print(f"{title}: preset {options.preset}, seeds {', '.join(map(str, options.seeds))}", highlight=False)

@@ -8,11 +8,13 @@ Methods:
   MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
   MRECG loss     blocks joined by the loss of a base pass, whose steps come on top
   ours           MRECG ModCap from a second-order start, with corrected biases: the defaults
+  ours block     the same without joining
   NAME+steps     the same with the weights' step sizes learned too (Genie-M)
-  QDrop 20000    QDrop with the published number of steps and its learning rate, whatever the preset
+  QDrop 20000    QDrop with the published number of steps, images per step and learning rate, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
-the next, which is the oscillation that MRECG is about; and seconds. Test images give the accuracy and nothing else.
+the next, which is the oscillation that MRECG is about; wall seconds; the highest memory of the process while it reconstructs,
+with model, torch, host and test images. Test images give the accuracy and nothing else.
 
     python benchmarks/reconstruction.py --data DIR --json docs/figures/reconstruction-NAME.json && python benchmarks/tables.py
 """
@@ -34,26 +36,29 @@ from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
 
 PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0}
-METHODS: dict[str, dict[str, Any]] = {
-    "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
+LEARNED: dict[str, dict[str, Any]] = {
     "AdaRound": {**PUBLISHED, "granularity": "layer", "drop_probability": 0.0},
     "BRECQ": {**PUBLISHED, "granularity": "block", "drop_probability": 0.0},
     "QDrop": {**PUBLISHED, "granularity": "block"},
     "MRECG ModCap": {**PUBLISHED, "granularity": "modcap"},
     "MRECG loss": {**PUBLISHED, "granularity": "loss"},
     "ours": {"granularity": "modcap"},
-    "QDrop+steps": {**PUBLISHED, "granularity": "block", "learn_weight_scale": True},
-    "ours+steps": {"granularity": "modcap", "learn_weight_scale": True},
+    "ours block": {"granularity": "block"},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
+    **LEARNED,
+    **{f"{method}+steps": {**keys, "learn_weight_scale": True} for method, keys in LEARNED.items()},
     "QDrop 20000": {
-        **PUBLISHED,
-        "granularity": "block",
+        **LEARNED["QDrop"],
         "iterations": 20_000,
+        "step_positions": 1_000_000,  # 32 images, whatever their size
         "weight_learning_rate": 1e-3,
         "rounding_weight": 0.01,
     },
 }
 DEFAULT = "nearest,AdaRound,BRECQ,QDrop,MRECG ModCap,MRECG loss,ours"
-MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds")
+MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds", "peak_mb")
 
 
 def main() -> None:
@@ -82,11 +87,12 @@ def main() -> None:
             for width in widths:
                 for method in options.compared:
                     settings = _settings(options.preset, METHODS[method])
+                    common.forget_peak()
                     began = time.perf_counter()
                     outcome = _reconstructed(exported, images, width, settings, seed)
-                    seconds = time.perf_counter() - began
+                    seconds, peak = time.perf_counter() - began, common.memory_mb("VmHWM")
                     accuracy = common.top1(outcome.model, subject.test_inputs, subject.test_labels)
-                    values = (accuracy, *oscillation(outcome.reconstruction), seconds)
+                    values = (accuracy, *oscillation(outcome.reconstruction), seconds, peak)
                     for measure, value in zip(MEASURES, values, strict=True):
                         found[width][method][measure].append(value)
                     line = ", ".join(f"{measure} {value:.4g}" for measure, value in zip(MEASURES, values, strict=True))

@@ -158,17 +158,11 @@ def _synthesise(
 ) -> tuple[float, float, float]:
     """Write the set to `file`; returns wall seconds, and the memory of this process in MB: the highest, and at first."""
     module = common.load_module(data).model(net)[0].float().eval().requires_grad_(False)
-    start, began = _memory("VmRSS"), time.perf_counter()
+    start, began = common.memory_mb("VmRSS"), time.perf_counter()
     inputs, labels = synthesise(module, spec, settings, num_classes=num_classes, samples=images, seed=seed)
     seconds = time.perf_counter() - began
     save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, file)
-    return seconds, _memory("VmHWM"), start
-
-
-def _memory(key: str) -> float:
-    """MB of this process; its `ru_maxrss` would count what the parent used before it began."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return int(status[key].split()[0]) / 1024
+    return seconds, common.memory_mb("VmHWM"), start
 
 
 def _quality(subject: common.Subject, made: Made) -> dict[str, float | None]:

@@ -87,14 +87,16 @@ def _reconstruction(records: list[dict[str, Any]]) -> str:
 
 
 def _methods(record: dict[str, Any]) -> str:
-    measures = ("top1", "largest_loss", "largest_ratio", "seconds")
+    measures = {"top 1": "top1", "largest loss": "largest_loss", "largest ratio": "largest_ratio", "seconds": "seconds"}
+    measures["peak MB"] = "peak_mb"
     lines = []
     for net, found in record["nets"].items():
         lines += [f"## {net}, float {found['float']:.2f}", ""]
-        lines += [row(["width", "method", "top 1", "largest loss", "largest ratio", "seconds"]), row(["---"] * 6)]
+        lines += [row(["width", "method", *measures]), row(["---"] * (len(measures) + 2))]
         for width, methods in found["widths"].items():
-            measured = {method: values for method, values in methods.items() if values["top1"]}
-            lines += [row([width, method, *[cell(values[key]) for key in measures]]) for method, values in measured.items()]
+            for method, values in methods.items():
+                if values["top1"]:
+                    lines.append(row([width, method, *[cell(values.get(key, [])) for key in measures.values()]]))
         lines += ["", f"{found['splits'].capitalize()}."]
     return "\n".join([*lines, *conditions(record)])
 
