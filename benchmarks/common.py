@@ -193,6 +193,11 @@ def memory_mb(key: str) -> float:
 def print_head(title: str, options: Options, console: Console) -> None:
     """Seeds, machine and versions: what the figures below depend on."""
     console.print(f"{title}: preset {options.preset}, seeds {', '.join(map(str, options.seeds))}", highlight=False)
+    print_environment(console)
+
+
+def print_environment(console: Console) -> None:
+    """Machine and versions."""
     pairs = environment(NeuralCompressorAdaptor().versions()).items()
     console.print(", ".join(f"{name} {value}" for name, value in pairs), highlight=False, soft_wrap=True)
 

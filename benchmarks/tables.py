@@ -10,11 +10,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import synthesis_table
 from deployment_table import FLOAT, HEADINGS, rows
-from page import cell, conditions, row
+from page import cell, conditions, row, table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- written by benchmarks/tables.py -->", "<!-- end -->"
@@ -30,7 +31,7 @@ def main() -> None:
     pages = (
         (ROOT / "docs" / "accuracy.md", _sections(records)),
         (ROOT / "docs" / "deployment.md", _deployment(deployed)),
-        (ROOT / "docs" / "reconstruction.md", _reconstruction(_records("reconstruction"))),
+        (ROOT / "docs" / "reconstruction.md", _reconstruction(_records("reconstruction"), _records("step"))),
         (ROOT / "docs" / "synthesis.md", synthesis_table.sections(_records("synthesis"))),
         (ROOT / "README.md", _summary(records)),
     )
@@ -82,8 +83,16 @@ def _deployment(records: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "```", *[record["command"] for record in records], "```", ""])
 
 
-def _reconstruction(records: list[dict[str, Any]]) -> str:
-    return "\n".join(map(_methods, records)) if records else "No figures have been recorded yet.\n"
+def _reconstruction(records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
+    return "\n".join([*map(_methods, records), *map(_steps, steps)])
+
+
+def _steps(record: dict[str, Any]) -> str:
+    names = next(iter(record["milliseconds"].values()))
+    rows = [[output, *[f"{median(times):.1f}" for times in found.values()]] for output, found in record["milliseconds"].items()]
+    environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
+    head = ["## Milliseconds of a step", ""]
+    return "\n".join([*head, *table(["output", *names], rows), "", f"{environment}.", "", f"`{record['command']}`", ""])
 
 
 def _methods(record: dict[str, Any]) -> str:
