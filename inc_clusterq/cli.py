@@ -41,7 +41,7 @@ Seed = Annotated[
     typer.Option("--seed", min=0, max=2**32 - 1, help="Seed, in place of the YAML's.", show_default=False),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail when a quantizable operator would be computed in float.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is already there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder of a result that is already there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the host's log.")]
 
