@@ -1,12 +1,14 @@
 """First and second moments of a layer's inputs, float and quantized, over all calibration images and positions.
 
 A convolution is a product of its weights with columns: the input values under the kernel at one position. A group of G has n
-of them, for a depthwise convolution the 9 of its one channel.
+of them, for a depthwise convolution the 9 of its one channel. Neighbouring columns of a large map are much alike, so that only
+those on a grid are taken, whose place goes from image to image through all that it can have.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +19,8 @@ from inc_clusterq.reconstruction.graph import Layer, Unit, attribute, extract, n
 from inc_clusterq.reconstruction.quantizers import in_mode
 
 VALUES_AT_ONCE = 2**24  # of the columns, so that memory stays bounded
+POSITIONS = 196  # of a map that are taken, at least; more where the images are few:
+COLUMNS = 64  # at least, for each weight of a row
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ def collect(
     before = extract(graph_module, unit, input_of=layer.node)
     device = attribute(graph_module, layer.weight).device  # the inputs may be mapped
     covariance = cross = mean = float_mean = torch.zeros((), dtype=torch.float64, device=device)
-    samples = 0
+    samples, seen, row = 0, 0, layer.parameters // layer.shape[0]
+    wanted = max(POSITIONS, -(-COLUMNS * row // len(float_inputs)))
     middle: tuple[Tensor, Tensor] | None = None
     for float_batch, quantized_batch in zip(float_inputs.split(batch_size), quantized_inputs.split(batch_size), strict=True):
         with in_mode(before, Mode.FLOAT):
@@ -57,7 +62,8 @@ def collect(
         with in_mode(before, Mode.HARD):
             quantized = before(quantized_batch.to(device))
         for one, other in zip(_pieces(x, layer), _pieces(quantized, layer), strict=True):
-            a, b = columns(one, layer, operator), columns(other, layer, operator)
+            a, b = (columns(part, layer, operator, wanted, seen) for part in (one, other))
+            seen += len(one)
             if middle is None:
                 middle = a.mean(-1, keepdim=True), b.mean(-1, keepdim=True)
             # About a rough mean, since single precision would lose a variance that is small against the mean's square.
@@ -77,21 +83,34 @@ def collect(
     )
 
 
-def columns(x: Tensor, layer: Layer, operator: fx.Node) -> Tensor:
-    """Columns of a layer's input (N, C, ...), shape: (G, n, positions)."""
+def columns(x: Tensor, layer: Layer, operator: fx.Node, wanted: int | None = None, seen: int = 0) -> Tensor:
+    """Columns of a layer's input (N, C, ...), shape: (G, n, columns); all of them, or at least `wanted` of each image.
+
+    Those are on a grid, whose place depends on how many images have been `seen` before, so that all places are as frequent.
+    """
     if layer.kind == "linear":
         return x.reshape(1, -1, x.shape[-1]).mT
     named = named_arguments(operator)
     kernel, stride, padding, dilation = layer.shape[2:], *(tuple(named[key]) for key in ("stride", "padding", "dilation"))
     if len(kernel) == 1:
         x, kernel, stride, padding, dilation = x[:, :, None], (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
-    if kernel == (1, 1) and padding == (0, 0):
-        found = x[:, :, :: stride[0], :: stride[1]].flatten(2)
-    else:
-        found = functional.unfold(x, kernel, dilation, padding, stride)
-    images, _, positions = found.shape
-    found = found.reshape(images, layer.groups, -1, positions)
-    return found.permute(1, 2, 0, 3).reshape(layer.groups, -1, images * positions)
+    x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+    reach = [step * (size - 1) + 1 for step, size in zip(dilation, kernel, strict=True)]
+    outputs = [(size - covered) // step + 1 for size, covered, step in zip(x.shape[2:], reach, stride, strict=True)]
+    grid = max(1, min(isqrt(outputs[0] * outputs[1] // wanted), *outputs)) if wanted else 1  # every so many, both ways
+    apart = (stride[0] * grid, stride[1] * grid)
+    parts = []
+    for first in range(min(grid**2, len(x))):
+        down, right = divmod((seen + first) % grid**2, grid)
+        part = x[first :: grid**2, :, down * stride[0] :, right * stride[1] :]
+        if kernel == (1, 1):
+            found = part[:, :, :: apart[0], :: apart[1]].flatten(2)
+        else:
+            found = functional.unfold(part, kernel, dilation, 0, apart)
+        images, _, positions = found.shape
+        found = found.reshape(images, layer.groups, -1, positions)
+        parts.append(found.permute(1, 2, 0, 3).reshape(layer.groups, -1, images * positions))
+    return torch.cat(parts, -1)
 
 
 def _pieces(x: Tensor, layer: Layer) -> tuple[Tensor, ...]:

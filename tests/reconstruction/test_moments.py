@@ -51,6 +51,52 @@ def test_columns_know_dilation_padding_and_one_dimension(prepare: Prepare) -> No
             x = attribute(module, layer.name)(x)
 
 
+@pytest.mark.parametrize(
+    "convolution",
+    [nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, (1, 3), (1, 2))],
+    ids=["same", "strided", "pointwise", "flat"],
+)
+@torch.no_grad()
+def test_over_many_images_each_position_of_a_large_map_is_taken_equally_often(prepare: Prepare, convolution: nn.Conv2d) -> None:
+    """The images are the same, so that only positions differ; nine of them go through all places of a grid of three."""
+    one = torch.randn(1, 2, 11, 10)
+    x = one.expand(9, -1, -1, -1)
+    graph_module = prepare(convolution.eval(), x)
+    (layer,) = (layer for unit in partition(graph_module) for layer in unit.layers)
+    operator = next(node for node in graph_module.graph.nodes if node.name == layer.node)
+    whole = columns(one, layer, operator)
+    wanted = whole.shape[-1] // 9
+    together = columns(x, layer, operator, wanted)
+    apart = [columns(part, layer, operator, wanted, seen) for part, seen in zip(x.split(2), (0, 2, 4, 6, 8), strict=True)]
+    for found in (together, torch.cat(apart, -1)):
+        assert found.shape == whole.shape
+        for group in range(len(whole)):
+            assert sorted(map(tuple, found[group].T.tolist())) == sorted(map(tuple, whole[group].T.tolist()))
+
+
+def test_few_images_give_all_their_positions(quantized: Quantized, network: Network) -> None:
+    _, inputs = network("residual")
+    graph = quantized("residual")
+    stem = graph.units[0]
+    positions = inputs.shape[2] * inputs.shape[3]
+    assert positions <= moments.POSITIONS
+    assert collect(graph.graph_module, stem, stem.layers[0], inputs, inputs, 8).samples == len(inputs) * positions
+
+
+@torch.no_grad()
+def test_positions_are_left_out_where_the_columns_are_more_than_enough(
+    quantized: Quantized, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, inputs = network("residual")
+    graph = quantized("residual")
+    stem = graph.units[0]
+    row = stem.layers[0].parameters // stem.layers[0].shape[0]
+    monkeypatch.setattr(moments, "POSITIONS", 1)
+    monkeypatch.setattr(moments, "COLUMNS", 2)
+    fewer = collect(graph.graph_module, stem, stem.layers[0], inputs, inputs, 8).samples
+    assert 2 * row <= fewer < len(inputs) * inputs.shape[2] * inputs.shape[3]
+
+
 @pytest.mark.parametrize("at_once", [1, 2**24])
 @torch.no_grad()
 def test_moments_are_those_of_all_images_together(
