@@ -38,11 +38,18 @@ from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.settings import ClusterQSettings
 
 SYNTHETIC: dict[str, dict[str, Any]] = {
-    "statistics": {"iterations": 0, "classification_weight": 0, "alignment_weight": 0, "prior_weight": 0},
+    "statistics": {
+        "start": "generator",
+        "iterations": 0,
+        "refine_smoothness": 0,
+        "classification_weight": 0,
+        "alignment_weight": 0,
+        "prior_weight": 0,
+    },
     "clusterq": {},
     "latent": {"synthesizer": "latent", "alignment_weight": 0},
     "latent+alignment": {"synthesizer": "latent"},
-    "clusterq-generator": {"iterations": 0},
+    "clusterq-generator": {"start": "generator", "iterations": 0},
     "clusterq-refinement": {"refine_iterations": 0},
     "clusterq-classification": {"classification_weight": 0},
     "clusterq-alignment": {"alignment_weight": 0},

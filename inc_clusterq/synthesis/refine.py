@@ -17,10 +17,12 @@ from inc_clusterq.synthesis.objective import Losses, evaluate
 from inc_clusterq.synthesis.plateau import descend
 from inc_clusterq.synthesis.resolution import enlarge, is_large
 from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.spectrum import Waves
 from inc_clusterq.synthesis.teacher import Teacher
 
 # By trial: at 224 pixels the higher rate drives the statistics away before it brings them back.
-SMALL_RATE, LARGE_RATE = 0.03, 0.01
+SMALL_RATE, LARGE_RATE, LARGE_WAVE_RATE = 0.03, 0.01, 0.02
+LARGE_SMOOTHNESS = 1.0
 START_DEVIATION = 0.25  # of the value range, of the noise that is refined where no generator ran
 
 
@@ -74,15 +76,33 @@ def _descend(
     rng: torch.Generator,
     stage: Stage,
 ) -> Tensor:
-    unit = to_unit(inputs, spec).requires_grad_()
+    start = to_unit(inputs, spec)
+    low, high = spec.bounds(start)
+    smoothness = _smoothness(settings, full)
+    waves = Waves(start, smoothness) if smoothness else None
     rate = settings.refine_learning_rate
-    optimiser = torch.optim.Adam([unit], rate if rate is not None else LARGE_RATE if is_large(full) else SMALL_RATE)
-    low, high = spec.bounds(unit)
+    if rate is None:
+        rate = SMALL_RATE if not is_large(full) else LARGE_RATE if waves is None else LARGE_WAVE_RATE
+    moved = start.requires_grad_() if waves is None else waves.coefficients
 
     def evaluated() -> Losses:
+        unit = moved if waves is None else waves.unit()
         x = torch.addcmul(low, high - low, unit)  # `from_unit` without its clamp, which costs two passes over an image
         seen = teacher.observe(augment(x, settings.augmentation, rng))
         return evaluate(x, seen, batch.labels, teacher, spec, settings, batch.centroids, batch.noise)
 
-    descend(evaluated, optimiser, steps, settings, stage, after=lambda: unit.data.clamp_(0, 1))
-    return from_unit(unit.detach(), spec)
+    def bounded() -> None:
+        if waves is None:
+            moved.data.clamp_(0, 1)
+
+    descend(evaluated, torch.optim.Adam([moved], rate), steps, settings, stage, after=bounded)
+    with torch.no_grad():
+        return from_unit(moved.detach() if waves is None else waves.unit(), spec)
+
+
+def _smoothness(settings: ClusterQSettings, spec: InputSpec) -> float:
+    """The power by which the steps of waves fall with frequency, 0 for pixels and for what has no neighbours."""
+    if len(spec.shape) < 2:
+        return 0.0
+    wanted = settings.refine_smoothness
+    return wanted if wanted is not None else LARGE_SMOOTHNESS if is_large(spec) else 0.0

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Distance = Literal["relative", "deviation", "variance"]
 Augmentation = Literal["shift_flip", "shift", "none"]
 Synthesizer = Literal["clusterq", "latent"]
+Start = Literal["generator", "leaves"]
 
 
 class ClusterQSettings(BaseModel):
@@ -29,10 +30,17 @@ class ClusterQSettings(BaseModel):
         "docs/synthesis.md compares both.",
     )
 
+    start: Start | None = Field(
+        default=None,
+        description="Where the refinement begins (`clusterq` only): `generator`, at what the generator paints; `leaves`, at "
+        "random shapes that cover each other (dead leaves), which have the edges and the spectrum of photographs, and no "
+        "generator is trained. Null: `leaves` for images of 96 pixels or more, else `generator`. By trial.",
+    )
     iterations: int = Field(
         default=150,
         ge=0,
-        description="Training steps of the generator; 0 skips it and refines random images. By trial.",
+        description="Training steps of the generator, where `start` is `generator`; 0 skips it and refines random images. "
+        "By trial.",
     )
     warmup_iterations: int = Field(
         default=100,
@@ -134,8 +142,15 @@ class ClusterQSettings(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. Null: 0.03, and "
-        "0.01 for images of 96 pixels or more. By trial.",
+        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. Null: 0.03; for "
+        "images of 96 pixels or more 0.02 for waves (`refine_smoothness`) and 0.01 for pixels. By trial.",
+    )
+    refine_smoothness: float | None = Field(
+        default=None,
+        ge=0,
+        le=2,
+        description="The refinement moves waves instead of pixels, in steps that fall as their frequency to this power: 1 as "
+        "in photographs, 0 for pixels (`clusterq` only). Null: 1 for images of 96 pixels or more, else 0. By trial.",
     )
     coarse_share: float = Field(
         default=0,
@@ -180,6 +195,8 @@ class ClusterQSettings(BaseModel):
     def _check(self) -> ClusterQSettings:
         if self.iterations == 0 and self.refine_iterations == 0:
             raise ValueError("iterations and refine_iterations are both 0: nothing would be synthesised; set at least one")
+        if self.start == "leaves" and self.refine_iterations == 0:
+            raise ValueError("refine_iterations is 0, and `leaves` know nothing of the network unrefined; give it at least 1")
         if self.synthesizer == "latent" and self.refine_iterations == 0:
             raise ValueError("refine_iterations is 0, and `latent` makes every batch in these steps; give it at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):

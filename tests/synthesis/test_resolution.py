@@ -46,15 +46,15 @@ class Sizes(nn.Module):
         return result
 
 
-def settings(**keys: float) -> ClusterQSettings:
+def settings(**keys: object) -> ClusterQSettings:
     work = {"iterations": 4, "warmup_iterations": 2, "batch_size": 4, "refine_iterations": 10, "refine_batch": 4}
     return ClusterQSettings.model_validate({**work, **keys})
 
 
-def sizes(net: Sizes, share: float) -> list[tuple[int, ...]]:
+def sizes(net: Sizes, share: float, start: str = "generator") -> list[tuple[int, ...]]:
     """Sizes of the inputs of each step of generator and refinement."""
     net.seen.clear()
-    x, _ = synthesise(net, SPEC, settings(coarse_share=share), num_classes=4, samples=4, seed=0)
+    x, _ = synthesise(net, SPEC, settings(coarse_share=share, start=start), num_classes=4, samples=4, seed=0)
     low, high = SPEC.bounds(x)
     assert x.shape == (4, *SPEC.shape)
     assert bool(((x >= low) & (x <= high)).all())
@@ -66,6 +66,12 @@ def test_the_generator_and_a_share_of_the_refinement_run_at_half_the_size() -> N
     assert set(seen) == {(97, 130), (49, 65)}
     # opening the teacher at the full size, 3 last steps and the look at the finished batch
     assert seen.count((97, 130)) == 1 + 3 + 1
+
+
+def test_leaves_are_as_small_as_the_first_steps_and_train_no_generator() -> None:
+    seen = sizes(Sizes(), 0.7, start="leaves")
+    assert seen.count((97, 130)) == 1 + 3 + 1
+    assert seen.count((49, 65)) == 1 + 7  # the question whether the model takes this size, and the steps
 
 
 def test_a_share_of_zero_keeps_every_step_at_the_full_size() -> None:

@@ -40,6 +40,7 @@ def test_every_key_says_what_it_is_and_where_its_default_comes_from() -> None:
         ({"centroid_momentum": 0}, "greater than 0"),
         ({"betas": (0.5, 1.0)}, r"each must be in \[0, 1\)"),
         ({"iterations": 0, "refine_iterations": 0}, "nothing would be synthesised"),
+        ({"start": "leaves", "refine_iterations": 0}, "give it at least 1"),
         ({"statistics_distance": "l1"}, "'relative', 'deviation' or 'variance'"),
     ],
 )

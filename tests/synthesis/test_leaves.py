@@ -1,0 +1,109 @@
+"""Dead leaves and waves: what they have in common with photographs, by measures of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.errors import ConfigError
+from inc_clusterq.inputs import InputSpec
+from inc_clusterq.synthesis.clusterq import begins_with_leaves, synthesise
+from inc_clusterq.synthesis.leaves import dead_leaves
+from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.spectrum import Waves, wave_weights
+
+LARGE, SMALL, SIGNAL = InputSpec((3, 96, 96)), InputSpec((3, 32, 32)), InputSpec((1, 200))
+
+
+def slope(images: Tensor) -> float:
+    """Exponent of the amplitude over frequency, fitted between 2 and a quarter of the size; NumPy's own transform."""
+    size = images.shape[-1]
+    power = (np.abs(np.fft.fft2(images.numpy())) ** 2).mean((0, 1))
+    frequency = np.fft.fftfreq(size) * size
+    radius = np.hypot(frequency[:, None], frequency[None])
+    rings = np.arange(2, size // 4)
+    amplitude = [np.sqrt(power[(radius >= ring) & (radius < ring + 1)].mean()) for ring in rings]
+    return float(np.polyfit(np.log(rings + 0.5), np.log(amplitude), 1)[0])
+
+
+def test_amplitudes_of_dead_leaves_fall_as_those_of_photographs() -> None:
+    leaves = dead_leaves((3, 96, 96), 8, torch.Generator().manual_seed(0))
+    # Photographs: between -0.7 and -1.5 (Tolhurst, Tadmor, Chao, 1992); white noise: 0
+    assert -1.6 < slope(leaves) < -0.7
+    assert abs(slope(torch.rand(8, 3, 96, 96, generator=torch.Generator().manual_seed(0)))) < 0.1
+
+
+def test_dead_leaves_lie_in_the_range_and_cover_the_ground() -> None:
+    leaves = dead_leaves((1, 40, 70), 4, torch.Generator().manual_seed(1))
+    assert leaves.shape == (4, 1, 40, 70)
+    assert float(leaves.min()) >= 0
+    assert float(leaves.max()) <= 1
+    assert (leaves == 0).float().mean() < 0.2
+    assert not torch.equal(leaves[0], leaves[1])
+
+
+def test_one_seed_names_the_same_leaves() -> None:
+    one, same, other = (dead_leaves((3, 20, 20), 2, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("space", [(8, 8), (7, 9), (6, 5), (10,), (4, 3, 6)])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_wave_step_changes_pixels_as_much_as_a_pixel_step(space: tuple[int, ...], alpha: float) -> None:
+    full = np.sqrt(sum(np.square(axis) for axis in np.meshgrid(*(np.fft.fftfreq(n) * n for n in space), indexing="ij")))
+    expected = np.maximum(full, 1) ** -alpha
+    expected /= np.sqrt((expected**2).mean())
+    found = wave_weights(space, alpha)
+    torch.testing.assert_close(found, torch.from_numpy(expected[..., : space[-1] // 2 + 1]).float())
+
+
+def test_waves_begin_at_the_start_and_stay_in_range() -> None:
+    start = torch.rand(2, 3, 9, 12, generator=torch.Generator().manual_seed(0))
+    waves = Waves(start, 1.0)
+    torch.testing.assert_close(waves.unit(), start)
+    with torch.no_grad():
+        waves.coefficients += 10 * torch.randn(waves.coefficients.shape, generator=torch.Generator().manual_seed(1))
+    moved = waves.unit().detach()
+    assert float(moved.min()) == 0
+    assert float(moved.max()) == 1
+
+
+def test_a_step_of_every_wave_adds_what_falls_with_frequency() -> None:
+    waves = Waves(torch.full((16, 1, 64, 64), 0.5), 1.0)
+    with torch.no_grad():
+        waves.coefficients += 0.01 * torch.randn(waves.coefficients.shape, generator=torch.Generator().manual_seed(0)).sign()
+    assert slope(waves.unit().detach()) == pytest.approx(-1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "spec", "wanted"),
+    [
+        ({}, LARGE, True),
+        ({}, SMALL, False),
+        ({}, SIGNAL, False),
+        ({"start": "leaves"}, SMALL, True),
+        ({"start": "generator"}, LARGE, False),
+        ({"refine_iterations": 0}, LARGE, False),
+    ],
+)
+def test_large_images_begin_with_leaves_unless_told_otherwise(keys: dict[str, object], spec: InputSpec, wanted: bool) -> None:
+    assert begins_with_leaves(ClusterQSettings.model_validate(keys), spec) is wanted
+
+
+def test_leaves_for_what_is_no_image_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"shape \[1, 200\]; use generator"):
+        begins_with_leaves(ClusterQSettings(start="leaves"), SIGNAL)
+
+
+def test_leaves_moved_by_waves_take_the_classes_and_statistics_of_the_model(trained: nn.Module, spec: InputSpec) -> None:
+    settings = ClusterQSettings(
+        start="leaves", refine_smoothness=1.0, refine_iterations=120, refine_batch=32, augmentation="none", coarse_share=0
+    )
+    x, y = synthesise(trained, spec, settings, num_classes=4, samples=32, seed=0)
+    low, high = spec.bounds(x)
+    assert bool(((x >= low) & (x <= high)).all())
+    with torch.no_grad():
+        assert (trained(x).argmax(1) == y).float().mean() > 0.9
