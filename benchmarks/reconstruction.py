@@ -7,9 +7,11 @@ Methods:
   QDrop          block by block, quantization dropped at random
   MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
   MRECG loss     blocks joined by the loss of a base pass, whose steps come on top
-  ours           MRECG ModCap from a second-order start, with corrected biases: the defaults
+  NAME+steps     one of these with the weights' step sizes learned too (Genie-M)
+  ours           MRECG ModCap+steps from a second-order start, with corrected biases: the defaults
   ours block     the same without joining
-  NAME+steps     the same with the weights' step sizes learned too (Genie-M)
+  ours loss      the same, joined by the loss of a base pass
+  ours fixed     ours with the weights' step sizes as they are at the start
   QDrop 20000    QDrop with the published number of steps, images per step and learning rate, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
@@ -35,25 +37,28 @@ from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
 
-PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0}
+PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0, "learn_weight_scale": False}
 LEARNED: dict[str, dict[str, Any]] = {
     "AdaRound": {**PUBLISHED, "granularity": "layer", "drop_probability": 0.0},
     "BRECQ": {**PUBLISHED, "granularity": "block", "drop_probability": 0.0},
     "QDrop": {**PUBLISHED, "granularity": "block"},
     "MRECG ModCap": {**PUBLISHED, "granularity": "modcap"},
     "MRECG loss": {**PUBLISHED, "granularity": "loss"},
-    "ours": {"granularity": "modcap"},
-    "ours block": {"granularity": "block"},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
     **LEARNED,
     **{f"{method}+steps": {**keys, "learn_weight_scale": True} for method, keys in LEARNED.items()},
+    "ours": {"granularity": "modcap"},
+    "ours block": {"granularity": "block"},
+    "ours loss": {"granularity": "loss"},
+    "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
     "QDrop 20000": {
         **LEARNED["QDrop"],
         "iterations": 20_000,
         "step_positions": 1_000_000,  # 32 images, whatever their size
         "weight_learning_rate": 1e-3,
+        "activation_learning_rate": 1e-3,
         "rounding_weight": 0.01,
     },
 }

@@ -82,14 +82,14 @@ class ReconstructionSettings(BaseModel):
         "move faster to get anywhere: about 20 divided by the iterations. By trial.",
     )
     activation_learning_rate: float = Field(
-        2e-3,
+        2e-2,
         ge=0,
         le=1,
-        description="Adam step on activation scales, relative to the scale, cosine decay (QDrop: 4e-5 absolute at 20000 "
-        "iterations). By trial; from 4e-4 to 1e-2 it hardly matters.",
+        description="Adam step on the step sizes of activations and, with `learn_weight_scale`, of weights, relative to the size, "
+        "cosine decay (QDrop: 4e-5 absolute at 20000 iterations; in a few hundred they must move faster). By trial.",
     )
     learn_weight_scale: bool = Field(
-        False, description="Train the weight step size together with the rounding (Genie-M, arXiv 2212.04780)."
+        True, description="Train the weight step size together with the rounding (Genie-M, arXiv 2212.04780)."
     )
     rounding_weight: float = Field(
         0.1,
