@@ -85,8 +85,8 @@ class ReconstructionSettings(BaseModel):
         2e-2,
         ge=0,
         le=1,
-        description="Adam step on the step sizes of activations and, with `learn_weight_scale`, of weights, relative to the size, "
-        "cosine decay (QDrop: 4e-5 absolute at 20000 iterations; in a few hundred they must move faster). By trial.",
+        description="Adam step on the step sizes of activations and, with `learn_weight_scale`, of weights, relative to the "
+        "size, cosine decay (QDrop: 4e-5 absolute at 20000 iterations; in a few hundred they must move faster). By trial.",
     )
     learn_weight_scale: bool = Field(
         True, description="Train the weight step size together with the rounding (Genie-M, arXiv 2212.04780)."
