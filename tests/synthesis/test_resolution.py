@@ -92,8 +92,9 @@ def test_small_images_and_what_is_no_image_are_not_halved(shape: tuple[int, ...]
         assert half_size(teacher, SPEC) == InputSpec((3, 49, 65), 0.0, 255.0, (120.0, 110.0, 100.0), (60.0,))
 
 
-def test_a_killed_set_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, few = Sizes(), settings(coarse_share=0.5, refine_iterations=2)
+@pytest.mark.parametrize("start", ["generator", "leaves"])
+def test_a_killed_set_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    net, few = Sizes(), settings(start=start, coarse_share=0.5, refine_iterations=2)
     wanted, _ = synthesise(net, SPEC, few, num_classes=4, samples=7, seed=0)
 
     class Killed(Exception):  # noqa: N818 not an error of ours
