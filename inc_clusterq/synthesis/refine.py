@@ -17,7 +17,7 @@ from inc_clusterq.synthesis.objective import Losses, evaluate
 from inc_clusterq.synthesis.plateau import descend
 from inc_clusterq.synthesis.resolution import enlarge, is_large
 from inc_clusterq.synthesis.settings import ClusterQSettings
-from inc_clusterq.synthesis.spectrum import Waves
+from inc_clusterq.synthesis.spectrum import Pixels, Waves
 from inc_clusterq.synthesis.teacher import Teacher
 
 # By trial: at 224 pixels the higher rate drives the statistics away before it brings them back.
@@ -79,25 +79,19 @@ def _descend(
     start = to_unit(inputs, spec)
     low, high = spec.bounds(start)
     smoothness = _smoothness(settings, full)
-    waves = Waves(start, smoothness) if smoothness else None
+    image = Waves(start, smoothness) if smoothness else Pixels(start)
     rate = settings.refine_learning_rate
     if rate is None:
-        rate = SMALL_RATE if not is_large(full) else LARGE_RATE if waves is None else LARGE_WAVE_RATE
-    moved = start.requires_grad_() if waves is None else waves.coefficients
+        rate = SMALL_RATE if not is_large(full) else LARGE_WAVE_RATE if smoothness else LARGE_RATE
 
     def evaluated() -> Losses:
-        unit = moved if waves is None else waves.unit()
-        x = torch.addcmul(low, high - low, unit)  # `from_unit` without its clamp, which costs two passes over an image
+        x = torch.addcmul(low, high - low, image.unit())  # `from_unit` without its clamp, which costs two passes over an image
         seen = teacher.observe(augment(x, settings.augmentation, rng))
         return evaluate(x, seen, batch.labels, teacher, spec, settings, batch.centroids, batch.noise)
 
-    def bounded() -> None:
-        if waves is None:
-            moved.data.clamp_(0, 1)
-
-    descend(evaluated, torch.optim.Adam([moved], rate), steps, settings, stage, after=bounded)
+    descend(evaluated, torch.optim.Adam([image.parameter], rate), steps, settings, stage, after=image.bound)
     with torch.no_grad():
-        return from_unit(moved.detach() if waves is None else waves.unit(), spec)
+        return from_unit(image.unit(), spec)
 
 
 def _smoothness(settings: ClusterQSettings, spec: InputSpec) -> float:

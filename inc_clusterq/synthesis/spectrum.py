@@ -1,4 +1,4 @@
-"""Images as sums of waves, the slow ones in large steps: refinement that leaves the spectrum of photographs alone.
+"""Images as pixels, or as sums of waves, the slow ones in large steps: those leave the spectrum of photographs alone.
 
 The amplitude of a wave of f periods per image falls in photographs about as 1 / f (Field, "Relations between the statistics
 of natural images and the response properties of cortical cells", 1987). Adam gives every parameter steps of the same size, so
@@ -38,6 +38,22 @@ def _root_mean_square(weights: Tensor, length: int) -> Tensor:
     return ((weights.square() * counts).sum() / (counts.sum() * math.prod(weights.shape[:-1]))).sqrt()
 
 
+class Pixels:
+    """A batch of `start` values, shape (N, C, *space), that moves as it stands."""
+
+    def __init__(self, start: Tensor) -> None:
+        self.parameter = start.requires_grad_()
+
+    def unit(self) -> Tensor:
+        """The batch as it stands, shares of the value range."""
+        return self.parameter
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Back into the range after a step."""
+        self.parameter.clamp_(0, 1)
+
+
 class Waves:
     """What is added to a batch of `start` values, shape (N, C, *space), as weighted waves that begin at zero."""
 
@@ -45,11 +61,14 @@ class Waves:
         self._start, self._space = start, tuple(start.shape[2:])
         self._weights = wave_weights(self._space, alpha).to(start)
         # Real and imaginary part side by side: Adam's second moment would else tie them together.
-        self.coefficients = start.new_zeros(*start.shape[:2], *self._weights.shape, 2).requires_grad_()
+        self.parameter = start.new_zeros(*start.shape[:2], *self._weights.shape, 2).requires_grad_()
 
     def unit(self) -> Tensor:
         """The batch as it stands, shares of the value range."""
-        spectrum = torch.view_as_complex(self.coefficients) * self._weights
+        spectrum = torch.view_as_complex(self.parameter) * self._weights
         axes = tuple(range(2, 2 + len(self._space)))
         added: Tensor = torch.fft.irfftn(spectrum, self._space, axes, norm="ortho")
         return (self._start + added).clamp(0, 1)
+
+    def bound(self) -> None:
+        """Nothing to do: `unit` clips, and the waves have no range of their own."""

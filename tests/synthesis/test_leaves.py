@@ -65,7 +65,7 @@ def test_waves_begin_at_the_start_and_stay_in_range() -> None:
     waves = Waves(start, 1.0)
     torch.testing.assert_close(waves.unit(), start)
     with torch.no_grad():
-        waves.coefficients += 10 * torch.randn(waves.coefficients.shape, generator=torch.Generator().manual_seed(1))
+        waves.parameter += 10 * torch.randn(waves.parameter.shape, generator=torch.Generator().manual_seed(1))
     moved = waves.unit().detach()
     assert float(moved.min()) == 0
     assert float(moved.max()) == 1
@@ -74,7 +74,7 @@ def test_waves_begin_at_the_start_and_stay_in_range() -> None:
 def test_a_step_of_every_wave_adds_what_falls_with_frequency() -> None:
     waves = Waves(torch.full((16, 1, 64, 64), 0.5), 1.0)
     with torch.no_grad():
-        waves.coefficients += 0.01 * torch.randn(waves.coefficients.shape, generator=torch.Generator().manual_seed(0)).sign()
+        waves.parameter += 0.01 * torch.randn(waves.parameter.shape, generator=torch.Generator().manual_seed(0)).sign()
     assert slope(waves.unit().detach()) == pytest.approx(-1, abs=0.1)
 
 
