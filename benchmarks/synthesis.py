@@ -50,6 +50,8 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
     "latent": {"synthesizer": "latent", "alignment_weight": 0},
     "latent+alignment": {"synthesizer": "latent"},
     "clusterq-generator": {"start": "generator", "iterations": 0},
+    "clusterq-leaves": {"start": "generator"},  # of large images; small ones have neither leaves nor waves
+    "clusterq-waves": {"refine_smoothness": 0},
     "clusterq-refinement": {"refine_iterations": 0},
     "clusterq-classification": {"classification_weight": 0},
     "clusterq-alignment": {"alignment_weight": 0},

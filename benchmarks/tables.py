@@ -100,7 +100,7 @@ def _methods(record: dict[str, Any]) -> str:
     measures["peak MB"] = "peak_mb"
     lines = []
     for net, found in record["nets"].items():
-        lines += [f"## {net}, float {found['float']:.2f}", ""]
+        lines += [f"## {net}, {record['images']} images, float {found['float']:.2f}", ""]
         lines += [row(["width", "method", *measures]), row(["---"] * (len(measures) + 2))]
         for width, methods in found["widths"].items():
             for method, values in methods.items():

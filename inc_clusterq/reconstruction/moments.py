@@ -19,8 +19,8 @@ from inc_clusterq.reconstruction.graph import Layer, Unit, attribute, extract, n
 from inc_clusterq.reconstruction.quantizers import in_mode
 
 VALUES_AT_ONCE = 2**24  # of the columns, so that memory stays bounded
-POSITIONS = 196  # of a map that are taken, at least; more where the images are few:
-COLUMNS = 64  # at least, for each weight of a row
+POSITIONS = 196  # of a map that are taken, about; more where the images are few:
+COLUMNS = 64  # about, for each weight of a row
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def collect(
 
 
 def columns(x: Tensor, layer: Layer, operator: fx.Node, wanted: int | None = None, seen: int = 0) -> Tensor:
-    """Columns of a layer's input (N, C, ...), shape: (G, n, columns); all of them, or at least `wanted` of each image.
+    """Columns of a layer's input (N, C, ...), shape: (G, n, columns); all of them, or about `wanted` of each image.
 
     Those are on a grid, whose place depends on how many images have been `seen` before, so that all places are as frequent.
     """

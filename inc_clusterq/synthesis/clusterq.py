@@ -4,8 +4,8 @@
    those of the training data; after a warm-up their class features are drawn to per-class centroids (`centroids`).
 2. It paints the set, every class equally often, and the samples themselves are optimised further (`refine`).
 
-Large images begin at dead leaves (`leaves`) in place of what a generator paints, and 1. is left out: a generator that is
-trained for minutes paints little of what photographs have in common, and reconstruction at 4 bits feels it.
+Large images begin at dead leaves (`leaves`) in place of what a generator paints, and 1. is left out: docs/synthesis.md tells
+why, and `benchmarks/synthesis.py` compares (sources `clusterq-leaves`, `clusterq-waves`).
 
 With `synthesizer: latent` each batch is made by a generator of its own instead (`latent`).
 
