@@ -147,7 +147,7 @@ def _plain(block: Block, images: Tensor, steps: int) -> Callable[[], None]:
 
     def run() -> None:
         unit = PlainBlock(block, inputs)
-        rounding = torch.optim.Adam(unit.v, lr=settings.weight_learning_rate)
+        rounding = torch.optim.Adam(unit.v, lr=settings.rounding_rate)
         stepping = torch.optim.Adam(unit.steps, lr=settings.activation_learning_rate)
         for step in range(steps):
             chosen = torch.randint(IMAGES, (settings.batch_size,))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +90,12 @@ def main() -> None:
     for net in options.nets:
         subject = common.subject(options, net)
         console.print(f"{net}: {subject.splits}", highlight=False)
-        figures[net] = _measure(net, subject, options, console)
-        columns = [*next(iter(figures[net]["sources"].values()))["top1"], "seconds", "peak MB"]
-        rows = [[source, *_cells(found)] for source, found in figures[net]["sources"].items()]
-        common.print_table(f"{net}, float {figures[net]['float']:.2f}", ("source", *columns), rows, console)
-        common.write_json(options, {"images": options.images, "synthesis": figures})
+        for found in _measured(net, subject, options, console):
+            figures[net] = found
+            common.write_json(options, {"images": options.images, "synthesis": figures})
+        columns = [*next(iter(found["sources"].values()))["top1"], "seconds", "peak MB"]
+        rows = [[source, *_cells(entry)] for source, entry in found["sources"].items()]
+        common.print_table(f"{net}, float {found['float']:.2f}", ("source", *columns), rows, console)
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
@@ -101,7 +103,8 @@ def _cells(found: dict[str, Any]) -> list[str]:
     return [common.mean_and_spread(values) if values else "-" for values in [*found["top1"].values(), *costs]]
 
 
-def _measure(net: str, subject: common.Subject, options: common.Options, console: Console) -> dict[str, Any]:
+def _measured(net: str, subject: common.Subject, options: common.Options, console: Console) -> Iterator[dict[str, Any]]:
+    """The figures of a network as they grow, after every set."""
     adaptor = NeuralCompressorAdaptor()
     exported = adaptor.export(subject.model)
 
@@ -117,6 +120,7 @@ def _measure(net: str, subject: common.Subject, options: common.Options, console
         source: {"top1": {column: [] for column in ("INC W8A8", *widths)}} | {key: [] for key in (*COSTS, "quality")}
         for source in sources
     }
+    figures = {"float": score(subject.model.module), "splits": subject.splits, "sources": found}
     for seed in options.seeds:
         for source in sources:
             made, entry = _images(source, net, subject, options, seed), found[source]
@@ -132,7 +136,7 @@ def _measure(net: str, subject: common.Subject, options: common.Options, console
             last = {column: round(values[-1], 2) for column, values in entry["top1"].items()}
             spent = f"{made.seconds:.0f} s, {made.peak_mb:.0f} MB" if made.seconds is not None else "-"
             console.print(f"  seed {seed} {source}: {last}; synthesis {spent}", highlight=False)
-    return {"float": score(subject.model.module), "splits": subject.splits, "sources": found}
+            yield figures
 
 
 def _images(source: str, net: str, subject: common.Subject, options: common.Options, seed: int) -> Made:

@@ -157,7 +157,7 @@ def _descend(
     activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
     biases = [part.c for part in learned if isinstance(part, BiasCorrection)]
     # The host leaves some operators' weights in float (transposed convolutions), and an optimiser wants a tensor.
-    rounding = torch.optim.Adam([weight.v for weight in weights] or [torch.zeros(())], lr=settings.weight_learning_rate)
+    rounding = torch.optim.Adam([weight.v for weight in weights] or [torch.zeros(())], lr=settings.rounding_rate)
     scales = [activation.scale_shift for activation in activations]
     scales += [activation.zero_point_shift for activation in activations if not activation.one_sided]
     scales += [weight.scale_shift for weight in weights if weight.joint]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,9 +16,9 @@ class ReconstructionSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": {"iterations": 400, "weight_learning_rate": 0.06},
-        "balanced": {"iterations": 1000, "weight_learning_rate": 0.03},
-        "best": {"iterations": 5000, "weight_learning_rate": 0.01},
+        "fast": {"iterations": 400},
+        "balanced": {"iterations": 1000},
+        "best": {"iterations": 5000},
     }
 
     granularity: Literal["layer", "block", "modcap", "loss", "explicit"] | None = Field(
@@ -74,12 +75,12 @@ class ReconstructionSettings(BaseModel):
         description="Positions of a unit's output map that are enough for a step: units with large maps take fewer images, but "
         f"at least {FEWEST_IMAGES}, since neighbouring positions are samples too. The time goes into more steps. By trial.",
     )
-    weight_learning_rate: float = Field(
-        0.03,
+    weight_learning_rate: float | None = Field(
+        None,
         gt=0,
         le=1,
         description="Adam step on the rounding variable V. AdaRound: 1e-3 at 20000 iterations; with fewer iterations V must "
-        "move faster to get anywhere: about 20 divided by the iterations. By trial.",
+        "move faster to get anywhere. Empty: 0.03 at 1000, and half of that with every 2.5-fold number. By trial.",
     )
     activation_learning_rate: float = Field(
         2e-2,
@@ -138,6 +139,13 @@ class ReconstructionSettings(BaseModel):
         le=8,
         description="Bits of the first and the last layer and of their inputs (protocol of the papers: 8).",
     )
+
+    @property
+    def rounding_rate(self) -> float:
+        """Adam step on V: `weight_learning_rate`, or what goes with this many iterations (0.06 at 400, 0.03 at 1000)."""
+        if self.weight_learning_rate is not None:
+            return self.weight_learning_rate
+        return min(1.0, 0.03 * 2 ** math.log(1000 / max(1, self.iterations), 2.5))
 
     @model_validator(mode="after")
     def _units_belong_to_explicit(self) -> Self:
