@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the figures")
     given = parser.parse_args()
+    if given.net not in torchvision.models.list_models():
+        parser.error(f"torchvision has no network {given.net!r}")
     console = Console(width=140)
     budget = {} if given.budget is None else {"memory_budget": given.budget}
     settings = ReconstructionSettings.model_validate({"iterations": given.iterations, "granularity": "modcap", **budget})

@@ -31,7 +31,7 @@ def main() -> None:
     pages = (
         (ROOT / "docs" / "accuracy.md", _sections(records)),
         (ROOT / "docs" / "deployment.md", _deployment(deployed)),
-        (ROOT / "docs" / "reconstruction.md", _reconstruction(_records("reconstruction"), _records("step"))),
+        (ROOT / "docs" / "reconstruction.md", _reconstruction()),
         (ROOT / "docs" / "synthesis.md", synthesis_table.sections(_records("synthesis"))),
         (ROOT / "README.md", _summary(records)),
     )
@@ -83,16 +83,37 @@ def _deployment(records: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "```", *[record["command"] for record in records], "```", ""])
 
 
-def _reconstruction(records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
-    return "\n".join([*map(_methods, records), *map(_steps, steps)])
+def _reconstruction() -> str:
+    return "\n".join(
+        [*map(_methods, _records("reconstruction")), *map(_steps, _records("step")), *map(_memory, _records("memory"))]
+    )
+
+
+def _memory(record: dict[str, Any]) -> str:
+    headings = [
+        "images",
+        "pixels",
+        "steps per unit",
+        "memory budget, GB",
+        "images, MB",
+        "private, MB",
+        "resident, MB",
+        "seconds",
+    ]
+    cells = [f"{record[key]:.0f}" for key in ("images", "size", "iterations", "budget_gb", "images_mb", "private_mb")]
+    rows = [[*cells, f"{record['resident_mb']:.0f}", f"{record['seconds']:.0f}"]]
+    return "\n".join([f"## Memory of {record['net']}", "", *table(headings, rows), *_made_by(record)])
+
+
+def _made_by(record: dict[str, Any]) -> list[str]:
+    environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
+    return ["", f"{environment}.", "", f"`{record['command']}`", ""]
 
 
 def _steps(record: dict[str, Any]) -> str:
     names = next(iter(record["milliseconds"].values()))
     rows = [[output, *[f"{median(times):.1f}" for times in found.values()]] for output, found in record["milliseconds"].items()]
-    environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
-    head = ["## Milliseconds of a step", ""]
-    return "\n".join([*head, *table(["output", *names], rows), "", f"{environment}.", "", f"`{record['command']}`", ""])
+    return "\n".join(["## Milliseconds of a step", "", *table(["output", *names], rows), *_made_by(record)])
 
 
 def _methods(record: dict[str, Any]) -> str:
@@ -100,7 +121,8 @@ def _methods(record: dict[str, Any]) -> str:
     measures["peak MB"] = "peak_mb"
     lines = []
     for net, found in record["nets"].items():
-        lines += [f"## {net}, {record['images']} images, float {found['float']:.2f}", ""]
+        widths, seeds = ", ".join(found["widths"]), "seeds " + ", ".join(map(str, record["seeds"]))
+        lines += [f"## {net}, {record['images']} images, {widths}, {seeds}", "", f"Float {found['float']:.2f}.", ""]
         lines += [row(["width", "method", *measures]), row(["---"] * (len(measures) + 2))]
         for width, methods in found["widths"].items():
             for method, values in methods.items():

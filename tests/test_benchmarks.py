@@ -136,6 +136,20 @@ def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, t
     assert found["statistics"]["quality"][0]["statistics_distance"] < found["noise"]["quality"][0]["statistics_distance"]
 
 
+@pytest.mark.slow
+def test_the_memory_benchmark_measures_any_network_of_torchvision(root: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    options = ("--images", "16", "--size", "64", "--iterations", "1", "--budget", "0", "--json", str(figures))
+    done = run(root, "memory.py", "--net", "shufflenet_v2_x0_5", *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(figures.read_text())
+    assert record["images_mb"] == 16 * 3 * 64 * 64 * 4 / 2**20
+    assert record["images_mb"] < record["private_mb"] < record["resident_mb"]
+    refused = run(root, "memory.py", "--net", "shufflenet")
+    assert refused.returncode == 2
+    assert "torchvision has no network 'shufflenet'" in refused.stderr
+
+
 def source(top1: list[float]) -> dict[str, Any]:
     quality = [{"statistics_distance": 0.012, "diversity": 4.0} for _ in top1]
     return {"top1": {"INC W8A8": top1, "W4A4": []}, "seconds": [50.0, 52.0], "peak_mb": [900.4], "quality": quality}
