@@ -8,10 +8,11 @@ Methods:
   MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
   MRECG loss     blocks joined by the loss of a base pass, whose steps come on top
   NAME+steps     one of these with the weights' step sizes learned too (Genie-M)
-  ours           MRECG ModCap+steps from a second-order start, with corrected biases: the defaults
+  ours           MRECG ModCap+steps from a second-order start, with corrected biases
   ours block     the same without joining
   ours loss      the same, joined by the loss of a base pass
   ours fixed     ours with the weights' step sizes as they are at the start
+  ours views     ours with views of small images, shifted and mirrored: the defaults
   QDrop 20000    QDrop with the published number of steps, images per step and learning rate, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
@@ -37,7 +38,14 @@ from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
 
-PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0, "learn_weight_scale": False}
+PLAIN: dict[str, Any] = {"views": 1}
+PUBLISHED: dict[str, Any] = {
+    **PLAIN,
+    "start": "nearest",
+    "correct_bias": False,
+    "validation_share": 0,
+    "learn_weight_scale": False,
+}
 LEARNED: dict[str, dict[str, Any]] = {
     "AdaRound": {**PUBLISHED, "granularity": "layer", "drop_probability": 0.0},
     "BRECQ": {**PUBLISHED, "granularity": "block", "drop_probability": 0.0},
@@ -49,10 +57,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
     **LEARNED,
     **{f"{method}+steps": {**keys, "learn_weight_scale": True} for method, keys in LEARNED.items()},
-    "ours": {"granularity": "modcap"},
-    "ours block": {"granularity": "block"},
-    "ours loss": {"granularity": "loss"},
-    "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
+    "ours": {**PLAIN, "granularity": "modcap"},
+    "ours block": {**PLAIN, "granularity": "block"},
+    "ours loss": {**PLAIN, "granularity": "loss"},
+    "ours fixed": {**PLAIN, "granularity": "modcap", "learn_weight_scale": False},
+    "ours views": {"granularity": "modcap"},
     "QDrop 20000": {
         **LEARNED["QDrop"],
         "iterations": 20_000,

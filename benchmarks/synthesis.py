@@ -9,8 +9,9 @@ Sources:
   real                training images, where the data folder has any
   clusterq-TERM       the default without one of its parts: an ablation, on demand by --sources
 Every source gives the same number of images, and everything downstream is equal: Neural Compressor's own static quantization
-(INC W8A8) and ours at each width. Synthesis runs in a process of its own, whose wall time and peak memory are recorded, and
-what of that memory model, torch and host took before it began. Test images give the figures and nothing else.
+(INC W8A8) and ours at each width, without views of the images, so that none stands for more than one. Synthesis runs in a
+process of its own, whose wall time and peak memory are recorded, and what of that memory model, torch and host took before it
+began. Test images give the figures and nothing else.
 
     python benchmarks/synthesis.py --data DIR --nets resnet20 --widths W4A8,W4A4 --json docs/figures/synthesis-NAME.json
 """
@@ -131,7 +132,7 @@ def _measured(net: str, subject: common.Subject, options: common.Options, consol
             entry["top1"]["INC W8A8"].append(score(adaptor.quantize_static(exported, made.inputs.split(common.BATCH))))
             for (weight, activation), width in zip(options.widths, widths, strict=True):
                 entry["top1"][width].append(
-                    score(common.reconstructed(exported, made.inputs, weight, activation, seed, options))
+                    score(common.reconstructed(exported, made.inputs, weight, activation, seed, options, views=1))
                 )
             last = {column: round(values[-1], 2) for column, values in entry["top1"].items()}
             spent = f"{made.seconds:.0f} s, {made.peak_mb:.0f} MB" if made.seconds is not None else "-"

@@ -54,11 +54,18 @@ def reconstruction_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None
     return (error if weights is None else error * weights).sum(1).mean()
 
 
-def keep_back(count: int, share: float, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Numbers of the images to learn from, and to judge by: one tensor of all where the share is less than an image."""
+def keep_back(count: int, share: float, seed: int, device: torch.device, views: int = 1) -> tuple[Tensor, Tensor]:
+    """Numbers of the images to learn from, and to judge by: one tensor of all where the share is less than an image.
+
+    With several views of each of `count` images, view v of image i is number v * count + i, and all views of an image are on
+    the same side.
+    """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
     kept = int(count * share)
-    return (order[kept:], order[:kept]) if 0 < kept < count else (order, order)
+    numbers = torch.stack([order + view * count for view in range(views)])
+    if 0 < kept < count:
+        return numbers[:, kept:].flatten(), numbers[:, :kept].flatten()
+    return (everything := numbers.flatten()), everything
 
 
 def optimise(

@@ -34,6 +34,7 @@ from inc_clusterq.reconstruction.quantizers import (
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.reconstruction.shelf import Shelf
 from inc_clusterq.reconstruction.starting import start_unit
+from inc_clusterq.reconstruction.views import count_views, with_views
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,11 @@ def reconstruct(
     """
     if len(inputs) == 0:
         raise ValueError("reconstruction needs calibration images; none were given")
+    views = count_views(inputs, settings)
+    inputs = with_views(inputs, views, torch.Generator().manual_seed(seed))
     initialise_activations(quantized, inputs, FORWARD_BATCH)
     start = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
-    loop = _Loop(quantized, inputs, settings, seed, store, progress)
+    loop = _Loop(quantized, inputs, views, settings, seed, store, progress)
     granularity = settings.granularity or "modcap"
     blocks = stack_chains(quantized.units, settings.stack_layers)
     if granularity == "layer":
@@ -108,7 +111,8 @@ class _Loop:
     """One pass over a list of units; everything but the list stays the same between passes."""
 
     quantized: QuantizedGraph
-    inputs: Tensor
+    inputs: Tensor  # with their views
+    views: int  # of each image
     settings: ReconstructionSettings
     seed: int
     store: UnitStore
@@ -121,7 +125,8 @@ class _Loop:
         chain = self.store.start(self.quantized, self.inputs, self.settings, self.seed)
         reports = []
         settled: set[nn.Module] = set()
-        images = keep_back(len(self.inputs), self.settings.validation_share, self.seed, self.inputs.device)
+        count, share = len(self.inputs) // self.views, self.settings.validation_share
+        images = keep_back(count, share, self.seed, self.inputs.device, self.views)
         with self.progress.stage("Reconstructing", len(units) * self.settings.iterations) as stage:
             for number, unit in enumerate(units, 1):
                 began = time.perf_counter()

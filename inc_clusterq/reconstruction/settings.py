@@ -112,6 +112,14 @@ class ReconstructionSettings(BaseModel):
     drop_probability: float = Field(
         0.5, ge=0, le=1, description="Chance that an element stays unquantized during optimisation (QDrop: 0.5)."
     )
+    views: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="Views of each calibration image that units learn from, itself included: shifted by up to a tenth of a "
+        "side, every other one mirrored where there are three channels. Inputs of less than 24 pixels, and those that are no "
+        "images, have one. Empty: 1 from 96 pixels on, below that as many as make 1,024 images of them, at most 4. By trial.",
+    )
     validation_share: float = Field(
         0.125,
         ge=0,
