@@ -25,7 +25,7 @@ from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.store import cached_dataset
 
-NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False}
+NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False, "views": 1}
 COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
 
 
