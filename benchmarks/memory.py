@@ -15,7 +15,6 @@ import shlex
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +76,6 @@ def main() -> None:
     exported = NeuralCompressorAdaptor().export(FloatModel(given.net, module, spec, CLASSES, fingerprint(module)))
     images = torch.rand(given.images, *spec.shape)
     request = TuningRequest(4, 8, settings, max_trials=1, seed=given.seed)
-    began = time.perf_counter()
     with _watched() as peaks, tempfile.TemporaryDirectory() as workspace:
         NeuralCompressorAdaptor().tune(
             exported,
@@ -97,7 +95,6 @@ def main() -> None:
         "images_mb": images.nbytes / 2**20,
         "private_mb": peaks.private_mb,
         "resident_mb": peaks.resident_mb,
-        "seconds": time.perf_counter() - began,
     }
     console.print(", ".join(f"{name} {value}" for name, value in figures.items()), highlight=False, soft_wrap=True)
     if given.json is not None:

@@ -100,8 +100,8 @@ def _memory(record: dict[str, Any]) -> str:
         "resident, MB",
         "seconds",
     ]
-    cells = [f"{record[key]:.0f}" for key in ("images", "size", "iterations", "budget_gb", "images_mb", "private_mb")]
-    rows = [[*cells, f"{record['resident_mb']:.0f}", f"{record['seconds']:.0f}"]]
+    keys = ("images", "size", "iterations", "budget_gb", "images_mb", "private_mb", "resident_mb")
+    rows = [[f"{record[key]:.0f}" for key in keys]]
     return "\n".join([f"## Memory of {record['net']}", "", *table(headings, rows), *_made_by(record)])
 
 
