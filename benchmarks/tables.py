@@ -90,16 +90,7 @@ def _reconstruction() -> str:
 
 
 def _memory(record: dict[str, Any]) -> str:
-    headings = [
-        "images",
-        "pixels",
-        "steps per unit",
-        "memory budget, GB",
-        "images, MB",
-        "private, MB",
-        "resident, MB",
-        "seconds",
-    ]
+    headings = ["images", "pixels", "steps per unit", "memory budget, GB", "images, MB", "private, MB", "resident, MB"]
     keys = ("images", "size", "iterations", "budget_gb", "images_mb", "private_mb", "resident_mb")
     rows = [[f"{record[key]:.0f}" for key in keys]]
     return "\n".join([f"## Memory of {record['net']}", "", *table(headings, rows), *_made_by(record)])
