@@ -13,7 +13,7 @@ Methods:
   ours loss      the same, joined by the loss of a base pass
   ours fixed     ours with the weights' step sizes as they are at the start
   ours views     ours with views of small images, shifted and mirrored: the defaults
-  QDrop 20000    QDrop with the published number of steps, images per step and learning rate, whatever the preset
+  QDrop 20000    QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
 the next, which is the oscillation that MRECG is about; wall seconds; the highest memory of the process while it reconstructs,
