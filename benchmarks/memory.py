@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--net", default="resnet50", help="of torchvision (default resnet50)")
     parser.add_argument("--images", type=int, default=1024, help="default 1024")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side (default 224)")
-    parser.add_argument("--iterations", type=int, default=20, help="steps per unit; the peaks are the same (default 20)")
+    parser.add_argument("--iterations", type=int, default=20, help="steps per unit (default 20)")
     parser.add_argument("--budget", type=float, help="memory_budget in GB (default: that of the settings)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the figures")

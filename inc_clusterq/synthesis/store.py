@@ -167,7 +167,7 @@ def _alone(folder: Path, progress: Progress) -> Iterator[None]:
         with progress.stage("Waiting for another process that makes this set", 1) as stage:
             lock.acquire()
             stage.advance(1)
-    except (OSError, NotImplementedError) as failure:
+    except (OSError, NotImplementedError) as failure:  # the second is filelock's word for a file system without locks
         raise OutputError(f"cannot lock {file} ({failure}); choose a workspace on a file system with locks") from failure
     try:
         yield
