@@ -30,7 +30,7 @@ from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits, fingerprint
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
-from inc_clusterq.tuning import Trial, TuningRequest
+from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
 
 TRAINING_IMAGES = {"cifar": "train_first2048", "imagenet": "train500"}
 TEST_IMAGES = {"cifar": "test_first5000", "imagenet": "val1300"}
@@ -173,10 +173,23 @@ def reconstructed(
     """Ours, in one trial, so that nothing is selected: ModCap granularity at the preset's effort, with `keys` changed."""
     preset = ReconstructionSettings.PRESETS[options.preset]
     settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
+    return one_trial(exported, images, weight, activation, settings, seed).model
+
+
+def one_trial(
+    exported: nn.Module,
+    images: Tensor,
+    weight: int,
+    activation: int,
+    settings: ReconstructionSettings,
+    seed: int,
+    workspace: Path | None = None,
+) -> TuningOutcome:
+    """A reconstruction through the host's own loop, scored by nothing."""
     request = TuningRequest(weight, activation, settings, max_trials=1, seed=seed)
-    trial = Trial("modcap", settings)
+    trials = [Trial(settings.granularity or "", settings)]
     adaptor = NeuralCompressorAdaptor()
-    return adaptor.tune(exported, images.split(BATCH), [trial], request, score=lambda model: 1.0, workspace=None).model
+    return adaptor.tune(exported, images.split(BATCH), trials, request, score=lambda model: 1.0, workspace=workspace)
 
 
 def forget_peak() -> None:

@@ -30,9 +30,7 @@ from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, fingerprint
-from inc_clusterq.progress import SILENT
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
-from inc_clusterq.tuning import Trial, TuningRequest
 
 EVERY = 0.05  # seconds between two looks at the memory
 CLASSES = 1000
@@ -40,15 +38,15 @@ CLASSES = 1000
 
 @dataclass
 class Peaks:
-    """Highest memory in MB since it was looked at first."""
+    """Highest memory in MB since the watch began."""
 
     private_mb: float = 0.0
     resident_mb: float = 0.0
 
     def look(self) -> None:
-        """Take down what is used now."""
+        """Take down what is used now; the system itself keeps the highest resident memory, and of private memory nothing."""
         self.private_mb = max(self.private_mb, common.memory_mb("RssAnon"))
-        self.resident_mb = max(self.resident_mb, common.memory_mb("VmHWM"))
+        self.resident_mb = common.memory_mb("VmHWM")
 
 
 def main() -> None:
@@ -75,17 +73,8 @@ def main() -> None:
     module: nn.Module = torchvision.models.get_model(given.net, weights=None).eval().requires_grad_(False)
     exported = NeuralCompressorAdaptor().export(FloatModel(given.net, module, spec, CLASSES, fingerprint(module)))
     images = torch.rand(given.images, *spec.shape)
-    request = TuningRequest(4, 8, settings, max_trials=1, seed=given.seed)
     with _watched() as peaks, tempfile.TemporaryDirectory() as workspace:
-        NeuralCompressorAdaptor().tune(
-            exported,
-            images.split(common.BATCH),
-            [Trial("modcap", settings)],
-            request,
-            score=lambda model: 1.0,
-            workspace=Path(workspace),
-            progress=SILENT,
-        )
+        common.one_trial(exported, images, 4, 8, settings, given.seed, Path(workspace))
     figures = {
         "net": given.net,
         "images": given.images,

@@ -31,21 +31,12 @@ from typing import Any
 import common
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
-from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
 
-PLAIN: dict[str, Any] = {"views": 1}
-PUBLISHED: dict[str, Any] = {
-    **PLAIN,
-    "start": "nearest",
-    "correct_bias": False,
-    "validation_share": 0,
-    "learn_weight_scale": False,
-}
+PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0, "learn_weight_scale": False}
 LEARNED: dict[str, dict[str, Any]] = {
     "AdaRound": {**PUBLISHED, "granularity": "layer", "drop_probability": 0.0},
     "BRECQ": {**PUBLISHED, "granularity": "block", "drop_probability": 0.0},
@@ -57,11 +48,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
     **LEARNED,
     **{f"{method}+steps": {**keys, "learn_weight_scale": True} for method, keys in LEARNED.items()},
-    "ours": {**PLAIN, "granularity": "modcap"},
-    "ours block": {**PLAIN, "granularity": "block"},
-    "ours loss": {**PLAIN, "granularity": "loss"},
-    "ours fixed": {**PLAIN, "granularity": "modcap", "learn_weight_scale": False},
-    "ours views": {"granularity": "modcap"},
+    "ours": {"granularity": "modcap"},
+    "ours block": {"granularity": "block"},
+    "ours loss": {"granularity": "loss"},
+    "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
+    "ours views": {"granularity": "modcap", "views": None},
     "QDrop 20000": {
         **LEARNED["QDrop"],
         "iterations": 20_000,
@@ -103,7 +94,7 @@ def main() -> None:
                     settings = _settings(options.preset, METHODS[method])
                     common.forget_peak()
                     began = time.perf_counter()
-                    outcome = _reconstructed(exported, images, width, settings, seed)
+                    outcome = common.one_trial(exported, images, int(width[1]), int(width[3]), settings, seed)
                     seconds, peak = time.perf_counter() - began, common.memory_mb("VmHWM")
                     accuracy = common.top1(outcome.model, subject.test_inputs, subject.test_labels)
                     values = (accuracy, *oscillation(outcome.reconstruction), seconds, peak)
@@ -131,18 +122,8 @@ def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:
 
 
 def _settings(preset: str, keys: dict[str, Any]) -> ReconstructionSettings:
-    return ReconstructionSettings.model_validate({**ReconstructionSettings.PRESETS[preset], **keys})
-
-
-def _reconstructed(
-    exported: nn.Module, images: Tensor, width: str, settings: ReconstructionSettings, seed: int
-) -> TuningOutcome:
-    """One trial, so that nothing is selected."""
-    request = TuningRequest(int(width[1]), int(width[3]), settings, max_trials=1, seed=seed)
-    trials = [Trial(settings.granularity or "", settings)]
-    return NeuralCompressorAdaptor().tune(
-        exported, images.split(common.BATCH), trials, request, score=lambda model: 1.0, workspace=None
-    )
+    """Of a method, which sees every image as it is unless its keys say otherwise."""
+    return ReconstructionSettings.model_validate({**ReconstructionSettings.PRESETS[preset], "views": 1, **keys})
 
 
 if __name__ == "__main__":

@@ -6,10 +6,18 @@ normalised = (raw - mean) / std, per channel; the channel is the first axis of a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LARGE = 96  # pixels of the shorter side from which an image is dear to make, holds many positions, and can be halved
+
+
+def is_large(shape: Sequence[int]) -> bool:
+    """Whether a sample of this shape is a large image, (C, H, W)."""
+    return len(shape) == 3 and min(shape[1:]) >= LARGE
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inc_clusterq.inputs import is_large
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 SMALLEST = 24  # pixels of a side; what is smaller, or has not two sides, is left as it is
-LARGE = 96  # pixels of a side; these have many positions, and what views gained could not be told from noise
 REACH = 10  # a shift is at most a side divided by this
 PICTURE_CHANNELS = 3  # what has as many is a picture, which may be mirrored
 ENOUGH = 1024  # images with their views
@@ -21,13 +21,15 @@ MOST = 4  # views of an image
 
 
 def count_views(images: Tensor, settings: ReconstructionSettings) -> int:
-    """How many views each of the images (N, *shape) gets, itself included."""
-    side = min(images.shape[2:]) if images.dim() == 4 else 0
-    if side < SMALLEST:
+    """How many views each of the images (N, *shape) gets, itself included.
+
+    Large images have many positions; what views of them gained could not be told from noise.
+    """
+    if images.dim() != 4 or min(images.shape[2:]) < SMALLEST:
         return 1
     if settings.views is not None:
         return settings.views
-    return min(MOST, max(1, ENOUGH // len(images))) if side < LARGE else 1
+    return 1 if is_large(images.shape[1:]) else min(MOST, max(1, ENOUGH // len(images)))
 
 
 def with_views(images: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.errors import ConfigError
-from inc_clusterq.inputs import InputSpec
+from inc_clusterq.inputs import InputSpec, is_large
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch, batch_count, make_batches
@@ -35,7 +35,7 @@ from inc_clusterq.synthesis.latent import solve
 from inc_clusterq.synthesis.leaves import dead_leaves
 from inc_clusterq.synthesis.objective import draw_diversity, evaluate
 from inc_clusterq.synthesis.refine import from_unit, random_samples, refine
-from inc_clusterq.synthesis.resolution import half_size, is_large
+from inc_clusterq.synthesis.resolution import half_size
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher, teach
@@ -122,7 +122,7 @@ def begins_with_leaves(settings: ClusterQSettings, spec: InputSpec) -> bool:
         raise ConfigError(f"start is leaves, images (C, H, W), and the inputs have shape {list(spec.shape)}; use generator")
     if not settings.refine_iterations:
         return False
-    return settings.start == "leaves" or (settings.start is None and is_large(spec))
+    return settings.start == "leaves" or (settings.start is None and is_large(spec.shape))
 
 
 def leaf_samples(spec: InputSpec, rng: torch.Generator) -> Callable[[slice], Tensor]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inc_clusterq.inputs import InputSpec
+from inc_clusterq.inputs import InputSpec, is_large
 from inc_clusterq.progress import Stage
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch
 from inc_clusterq.synthesis.objective import Losses, evaluate
 from inc_clusterq.synthesis.plateau import descend
-from inc_clusterq.synthesis.resolution import enlarge, is_large
+from inc_clusterq.synthesis.resolution import enlarge
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.spectrum import Pixels, Waves
 from inc_clusterq.synthesis.teacher import Teacher
@@ -82,7 +82,7 @@ def _descend(
     image = Waves(start, smoothness) if smoothness else Pixels(start)
     rate = settings.refine_learning_rate
     if rate is None:
-        rate = SMALL_RATE if not is_large(full) else LARGE_WAVE_RATE if smoothness else LARGE_RATE
+        rate = SMALL_RATE if not is_large(full.shape) else LARGE_WAVE_RATE if smoothness else LARGE_RATE
 
     def evaluated() -> Losses:
         x = torch.addcmul(low, high - low, image.unit())  # `from_unit` without its clamp, which costs two passes over an image
@@ -99,4 +99,4 @@ def _smoothness(settings: ClusterQSettings, spec: InputSpec) -> float:
     if len(spec.shape) < 2:
         return 0.0
     wanted = settings.refine_smoothness
-    return wanted if wanted is not None else LARGE_SMOOTHNESS if is_large(spec) else 0.0
+    return wanted if wanted is not None else LARGE_SMOOTHNESS if is_large(spec.shape) else 0.0

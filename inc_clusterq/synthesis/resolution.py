@@ -13,20 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from inc_clusterq.inputs import InputSpec
+from inc_clusterq.inputs import InputSpec, is_large
 from inc_clusterq.synthesis.teacher import Teacher
-
-LEAST = 96  # pixels of the shorter side below which images are cheap, and half of them too small for most networks
-
-
-def is_large(spec: InputSpec) -> bool:
-    """Whether inputs are images, (C, H, W), that are worth halving."""
-    return len(spec.shape) == 3 and min(spec.shape[1:]) >= LEAST
 
 
 def half_size(teacher: Teacher, spec: InputSpec) -> InputSpec | None:
     """The specification of images of half the size; None for what is no image, too small, or needed at its size."""
-    if not is_large(spec):
+    if not is_large(spec.shape):
         return None
     channels, *space = spec.shape
     half = replace(spec, shape=(channels, *(math.ceil(size / 2) for size in space)))
