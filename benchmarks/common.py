@@ -249,14 +249,14 @@ def write_json(options: Options, figures: dict[str, Any]) -> None:
     """All single figures with what they depend on."""
     if options.json is None:
         return
-    head = {
-        "command": command(options),
-        "preset": options.preset,
-        "seeds": options.seeds,
-        "environment": environment(NeuralCompressorAdaptor().versions()),
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n", encoding="utf-8")
+    record(options.json, command(options), {"preset": options.preset, "seeds": options.seeds, **figures})
+
+
+def record(file: Path, command: str, figures: dict[str, Any]) -> None:
+    """Write figures, the call that repeats them, and machine and versions."""
+    head = {"command": command, "environment": environment(NeuralCompressorAdaptor().versions())}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**head, **figures}, indent=2) + "\n", encoding="utf-8")
 
 
 def load_module(folder: Path) -> Any:

@@ -10,7 +10,6 @@ whenever it needs them. Both include torch, the host, the network and the images
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from rich.console import Console
 from torch import nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, fingerprint
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -87,12 +85,7 @@ def main() -> None:
     }
     console.print(", ".join(f"{name} {value}" for name, value in figures.items()), highlight=False, soft_wrap=True)
     if given.json is not None:
-        head = {
-            "command": f"python benchmarks/memory.py {shlex.join(sys.argv[1:])}",
-            "environment": environment(NeuralCompressorAdaptor().versions()),
-        }
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n", encoding="utf-8")
+        common.record(given.json, f"python benchmarks/memory.py {shlex.join(sys.argv[1:])}", figures)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ is ours with as many images as it takes by default. The two alternate within a r
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +25,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.environment import environment
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.graph import extract
@@ -130,8 +127,7 @@ def main() -> None:
         words = (
             f"python benchmarks/step.py --steps {given.steps} --rounds {given.rounds} --seed {given.seed} --json {given.json}"
         )
-        record = {"command": words, "environment": environment(NeuralCompressorAdaptor().versions()), "milliseconds": found}
-        given.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        common.record(given.json, words, {"milliseconds": found})
 
 
 def _milliseconds(run: Callable[[], None], steps: int) -> float:
