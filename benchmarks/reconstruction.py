@@ -1,19 +1,20 @@
 """Reconstruction methods side by side on real training images: same images, same steps per unit, one loop with other settings.
 
 Methods:
-  nearest        rounding to nearest, ranges by Lp search
-  AdaRound       layer by layer, or by the smallest parts that the graph can be cut into: a residual block is one of them
-  BRECQ          block by block, squared error
-  QDrop          block by block, quantization dropped at random
-  MRECG ModCap   blocks joined by data-free capacity, quantization dropped at random
-  MRECG loss     blocks joined by the loss of a base pass, whose steps come on top
-  NAME+steps     one of these with the weights' step sizes learned too (Genie-M)
-  ours           MRECG ModCap+steps from a second-order start, with corrected biases
-  ours block     the same without joining
-  ours loss      the same, joined by the loss of a base pass
-  ours fixed     ours with the weights' step sizes as they are at the start
-  ours views     ours with views of small images, shifted and mirrored: the defaults
-  QDrop 20000    QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
+  nearest          rounding to nearest, ranges by Lp search
+  AdaRound         layer by layer, or by the smallest parts that the graph can be cut into: a residual block is one of them
+  BRECQ            block by block, squared error
+  QDrop            block by block, quantization dropped at random
+  MRECG ModCap     blocks joined by data-free capacity, quantization dropped at random
+  MRECG loss       blocks joined by the loss of a base pass, whose steps come on top
+  NAME+steps       one of these with the weights' step sizes learned too (Genie-M)
+  ours             MRECG ModCap+steps from a second-order start, with corrected biases
+  ours block       the same without joining
+  ours loss        the same, joined by the loss of a base pass
+  ours fixed       ours with the weights' step sizes as they are at the start
+  ours end to end  ours, and behind it the pass end to end where the outputs are far off
+  ours views       the same with views of small images, shifted and mirrored: the defaults
+  QDrop 20000      QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
 the next, which is the oscillation that MRECG is about; wall seconds; the highest memory of the process while it reconstructs,
@@ -52,7 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours block": {"granularity": "block"},
     "ours loss": {"granularity": "loss"},
     "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
-    "ours views": {"granularity": "modcap", "views": None},
+    "ours end to end": {"granularity": "modcap", "end_to_end_iterations": None},
+    "ours views": {"granularity": "modcap", "end_to_end_iterations": None, "views": None},
     "QDrop 20000": {
         **LEARNED["QDrop"],
         "iterations": 20_000,
@@ -122,8 +124,9 @@ def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:
 
 
 def _settings(preset: str, keys: dict[str, Any]) -> ReconstructionSettings:
-    """Of a method, which sees every image as it is unless its keys say otherwise."""
-    return ReconstructionSettings.model_validate({**ReconstructionSettings.PRESETS[preset], "views": 1, **keys})
+    """Of a method, which sees every image as it is and ends with its last unit unless its keys say otherwise."""
+    common_keys = {"views": 1, "end_to_end_iterations": 0}
+    return ReconstructionSettings.model_validate({**ReconstructionSettings.PRESETS[preset], **common_keys, **keys})
 
 
 if __name__ == "__main__":

@@ -30,9 +30,18 @@ from inc_clusterq.reconstruction.settings import ReconstructionSettings
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "sha256"  # key in a file's metadata
-FORMAT = 3  # raised whenever the meaning of a file or the course of the optimisation changes
-# These choose units, or where their tensors are kept, and do nothing else.
-NOT_THE_UNITS = {"granularity", "explicit_units", "top_k", "stack_layers", "stride_factor", "memory_budget"}
+FORMAT = 4  # raised whenever the meaning of a file or the course of the optimisation changes
+# These choose units, where their tensors are kept, or what comes after the last of them.
+NOT_THE_UNITS = {
+    "granularity",
+    "explicit_units",
+    "top_k",
+    "stack_layers",
+    "stride_factor",
+    "memory_budget",
+    "end_to_end_iterations",
+    "end_to_end_learning_rate",
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,9 @@ class Chain:
     folder: Path | None
     key: str
 
-    def next(self, unit: Unit) -> Chain:
-        """The chain with one more unit."""
-        return Chain(self.folder, hashlib.sha256(f"{self.key} {unit.start} {unit.nodes}".encode()).hexdigest())
+    def next(self, unit: Unit, settings: str = "") -> Chain:
+        """The chain with one more unit; `settings` are those that this unit has for itself."""
+        return Chain(self.folder, hashlib.sha256(f"{self.key} {unit.start} {unit.nodes}{settings}".encode()).hexdigest())
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The unit's own source of random numbers."""
@@ -90,6 +99,7 @@ class Chain:
         for name, quantizer in _named_quantizers(module):
             if isinstance(quantizer, BiasCorrection):
                 state[f"{name}.shift"] = quantizer.shift.cpu()
+                state[f"{name}.unit"] = quantizer.unit.cpu()
             elif isinstance(quantizer, WeightQuantizer):
                 state[f"{name}.integers"] = quantizer.integers.to("cpu", torch.int8)
                 state[f"{name}.scale"] = quantizer.start_scale.cpu()
@@ -121,7 +131,8 @@ def _named_quantizers(module: nn.Module) -> list[tuple[str, Simulated]]:
 def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[Any, ...]:
     """What `fix` takes, out of a file."""
     if isinstance(quantizer, BiasCorrection):
-        return (state[f"{name}.shift"].to(quantizer.shift).reshape(quantizer.shift.shape),)
+        shift, unit = (state[f"{name}.{key}"].to(quantizer.shift).reshape(quantizer.shift.shape) for key in ("shift", "unit"))
+        return shift, unit
     scale = state[f"{name}.scale"]
     if isinstance(quantizer, WeightQuantizer):
         integers = state[f"{name}.integers"].to(quantizer.integers).reshape(quantizer.integers.shape)

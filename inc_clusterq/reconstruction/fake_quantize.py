@@ -150,6 +150,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits, self.joint = bits, joint
         self.mode = Mode.FLOAT
+        self.decided = False  # the integers are no longer learned
         self.start_scale: Tensor
         self.floor: Tensor
         self.integers: Tensor
@@ -170,6 +171,8 @@ class WeightQuantizer(nn.Module):
             return weight
         if self.mode is Mode.HARD:
             return self.deployed()
+        if self.decided:
+            return self.integers * self.scale
         return (self.floor + soft_rounding(self.v)).clamp(*signed_levels(self.bits)) * self.scale
 
     def restart(self, levels: Tensor, scale: Tensor) -> None:
@@ -182,7 +185,8 @@ class WeightQuantizer(nn.Module):
     def harden(self, learned: bool) -> None:
         """Fix the integers, at the rounding that V has chosen if it was `learned`; they are what is deployed."""
         with torch.no_grad():
-            integers = self.floor + (self.v >= 0).to(self.floor.dtype) if learned else self.integers
+            by_v = learned and not self.decided
+            integers = self.floor + (self.v >= 0).to(self.floor.dtype) if by_v else self.integers
             self.fix(integers.clamp(*signed_levels(self.bits)), self.scale)
 
     def fix(self, integers: Tensor, scale: Tensor) -> None:
@@ -203,21 +207,28 @@ class BiasCorrection(nn.Module):
         b' = b + W m - ^W m^ + u c
     with the means m and m^ of the layer's float and quantized input (one per weight of a row). While ^W is being learned
     the bias follows it, so that a change of rounding costs no shift of the mean: without this the shift is all that the
-    gradient sees, since inputs behind a ReLU are far from centred. c is learned, u is its unit.
+    gradient sees, since inputs behind a ReLU are far from centred. c is learned, u is its unit. Once it is fixed the
+    correction no longer follows, and what is learned comes on top of it.
     """
 
     def __init__(self, bias: Tensor) -> None:
         super().__init__()
         self.mode = Mode.FLOAT
         self.shift: Tensor
+        self.unit: Tensor
         self.register_buffer("shift", torch.zeros_like(bias))
+        self.register_buffer("unit", torch.zeros_like(bias))  # 0: nothing is learned
         self.c = nn.Parameter(torch.zeros_like(bias))
-        self._unit, self._wanted, self._mean = torch.ones_like(bias), torch.zeros_like(bias), torch.empty(0)
+        self._wanted, self._mean = torch.zeros_like(bias), torch.empty(0)
+
+    @property
+    def _follows(self) -> bool:
+        return bool(len(self._mean))
 
     def forward(self, bias: Tensor, weight: Tensor) -> Tensor:  # weight: as the layer gets it
         if self.mode in (Mode.FLOAT, Mode.OBSERVE):
             return bias
-        if self.mode is Mode.HARD or not len(self._mean):
+        if self.mode is Mode.HARD:
             return bias + self.shift
         return bias + self._shift(weight)
 
@@ -229,20 +240,30 @@ class BiasCorrection(nn.Module):
         unit: Tensor,  # u, shape: (C,)
     ) -> None:
         """Take the means of a layer's inputs."""
-        self._wanted, self._mean, self._unit = wanted, mean, unit
+        self._wanted, self._mean = wanted, mean
+        with torch.no_grad():
+            self.unit.copy_(unit)
+            self.c.zero_()
         self.harden(weight)
 
     def harden(self, weight: Tensor) -> None:
-        """Fix the correction for the weight that is deployed."""
-        if len(self._mean):
-            with torch.no_grad():
-                self.fix(self._shift(weight))
+        """Set the correction to what the weight that is deployed, and what was learned, ask for."""
+        with torch.no_grad():
+            self.shift.copy_(self._shift(weight))
+            if not self._follows:
+                self.c.zero_()
 
-    def fix(self, shift: Tensor) -> None:
-        """Set the correction to a known value; what was learned is in it."""
+    def fix(self, shift: Tensor, unit: Tensor) -> None:
+        """Set the correction to a known value, and the unit of what may be learned on top of it."""
         with torch.no_grad():
             self.shift.copy_(shift)
+            self.unit.copy_(unit)
+            self.c.zero_()
+        self._mean = torch.empty(0)
 
     def _shift(self, weight: Tensor) -> Tensor:
+        learned = self.unit * self.c
+        if not self._follows:
+            return self.shift + learned
         rows = weight.reshape(len(self._mean), -1, self._mean.shape[1])
-        return self._wanted - (rows @ self._mean[..., None]).flatten() + self._unit * self.c
+        return self._wanted - (rows @ self._mean[..., None]).flatten() + learned

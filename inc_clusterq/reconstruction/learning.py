@@ -83,61 +83,73 @@ def optimise(
     """
     learned = nn.ModuleList(part for part in simulated(module) if part not in settled)
     if not settings.iterations:
-        _harden(module, learned, learned=False)
-        return
-    if not len(learned):
+        harden(module, learned, learned=False)
+    elif not len(learned):
         stage.advance(settings.iterations, label)
-        return
-    best = _Best(module, learned, flow, generator.device)
-    activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
-    with (
-        _learning(activations, settings.drop_probability, generator),
-        in_mode(module, Mode.HARD),
-        in_mode(learned, Mode.LEARN),
-        torch.enable_grad(),
-    ):
-        _descend(module, learned, flow, settings, generator, stage, label, best)
-    best.take()
+    else:
+        best = _Best(module, learned, flow)
+        activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
+        with (
+            _learning(activations, settings.drop_probability, generator),
+            in_mode(module, Mode.HARD),
+            in_mode(learned, Mode.LEARN),
+            torch.enable_grad(),
+        ):
+            _descend(module, learned, flow, settings, generator, stage, label, best)
+        best.take()
+    for part in learned:
+        if isinstance(part, BiasCorrection):
+            part.fix(part.shift.clone(), part.unit.clone())
 
 
 class _Best:
     """The state of least loss on the images that judge, of those that were looked at; the first is the start."""
 
-    def __init__(self, module: fx.GraphModule, learned: nn.ModuleList, flow: Flow, device: torch.device) -> None:
-        self._module, self._learned, self._flow, self._device = module, learned, flow, device
-        self._state, self._loss = _copied(learned), self._judged()
+    def __init__(self, module: fx.GraphModule, learned: nn.ModuleList, flow: Flow) -> None:
+        self._module, self._learned, self._flow = module, learned, flow
+        self._state, self._loss = copied(learned), self._judged()
         self.looks_since = 0
 
     def look(self) -> None:
         """Harden for a moment, and take the loss on the images that judge."""
-        soft = _copied(self._learned)
-        _harden(self._module, self._learned, learned=True)
+        soft = copied(self._learned)
+        harden(self._module, self._learned, learned=True)
         loss = self._judged()
         self.looks_since += 1
         if loss < self._loss:
-            self._state, self._loss, self.looks_since = _copied(self._learned), loss, 0
+            self._state, self._loss, self.looks_since = copied(self._learned), loss, 0
         self._learned.load_state_dict(soft)
 
     def take(self) -> None:
         """Go back to the best state."""
         self._learned.load_state_dict(self._state)
 
-    @torch.no_grad()
     def _judged(self) -> float:
-        flow, total = self._flow, 0.0
-        with in_mode(self._module, Mode.HARD):
-            for chosen in flow.judged_by.split(FORWARD_BATCH):
-                outputs = self._module(_take(flow.quantized_inputs, chosen))
-                total += float(reconstruction_loss(outputs, _take(flow.targets, chosen), _weights(flow, chosen))) * len(chosen)
-        return total / len(flow.judged_by)
+        flow = self._flow
+        return loss_as_deployed(self._module, flow.quantized_inputs, flow.targets, flow.judged_by, flow.weights)
 
 
-def _copied(parts: nn.ModuleList) -> dict[str, Tensor]:
+@torch.no_grad()
+def loss_as_deployed(
+    module: fx.GraphModule, inputs: Tensor, targets: Tensor, numbers: Tensor, weights: Tensor | None = None
+) -> float:
+    """The reconstruction loss over the images of these numbers, everything hard."""
+    total = 0.0
+    with in_mode(module, Mode.HARD):
+        for chosen in numbers.split(FORWARD_BATCH):
+            weight = None if weights is None else taken(weights, chosen)
+            loss = reconstruction_loss(module(taken(inputs, chosen)), taken(targets, chosen), weight)
+            total += float(loss) * len(chosen)
+    return total / len(numbers)
+
+
+def copied(parts: nn.ModuleList) -> dict[str, Tensor]:
+    """The state of simulated parts, to go back to."""
     return {name: tensor.clone() for name, tensor in parts.state_dict().items()}
 
 
-def _harden(module: fx.GraphModule, parts: nn.ModuleList, *, learned: bool) -> None:
-    """Fix what is deployed; corrections last, since they follow the weights."""
+def harden(module: fx.GraphModule, parts: nn.ModuleList, *, learned: bool) -> None:
+    """Fix what is deployed of `parts`; corrections last, since they follow the weights."""
     for part in parts:
         if isinstance(part, WeightQuantizer):
             part.harden(learned)
@@ -161,25 +173,16 @@ def _descend(
 ) -> None:
     steps, images = settings.iterations, len(flow.learned_from)
     weights = [part for part in learned if isinstance(part, WeightQuantizer)]
-    activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
-    biases = [part.c for part in learned if isinstance(part, BiasCorrection)]
     # The host leaves some operators' weights in float (transposed convolutions), and an optimiser wants a tensor.
     rounding = torch.optim.Adam([weight.v for weight in weights] or [torch.zeros(())], lr=settings.rounding_rate)
-    scales = [activation.scale_shift for activation in activations]
-    scales += [activation.zero_point_shift for activation in activations if not activation.one_sided]
-    scales += [weight.scale_shift for weight in weights if weight.joint]
-    groups: list[dict[str, Any]] = [
-        {"params": scales or [torch.zeros(())], "lr": settings.activation_learning_rate},
-        {"params": biases, "lr": settings.bias_learning_rate},
-    ]
-    stepping = torch.optim.Adam([group for group in groups if group["params"]])
+    stepping = step_optimiser(learned, settings.activation_learning_rate, settings.bias_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepping, T_max=steps)
     look_every = max(1, steps // CHECKS)
     batch = min(images, images_per_step(flow.targets[0], settings))
     for step in range(steps):
         drawn = torch.randint(images, (batch,), generator=generator, device=generator.device)
         chosen = flow.learned_from[drawn]
-        x, y = _mixed(flow, chosen, settings.drop_probability, generator), _take(flow.targets, chosen)
+        x, y = _mixed(flow, chosen, settings.drop_probability, generator), taken(flow.targets, chosen)
         loss = reconstruction_loss(module(x), y, _weights(flow, chosen))
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
@@ -202,6 +205,22 @@ def _descend(
             return
 
 
+def step_optimiser(learned: nn.ModuleList, scale_rate: float, bias_rate: float) -> torch.optim.Adam:
+    """Adam on everything that is learned but the rounding: step sizes and zero points, and biases."""
+    scales: list[Tensor] = []
+    biases: list[Tensor] = []
+    for part in learned:
+        if isinstance(part, BiasCorrection):
+            biases.append(part.c)
+        elif isinstance(part, ActivationQuantizer):
+            scales += [part.scale_shift] if part.one_sided else [part.scale_shift, part.zero_point_shift]
+        elif isinstance(part, WeightQuantizer) and part.joint:
+            scales.append(part.scale_shift)
+    groups: list[dict[str, Any]] = [{"params": scales, "lr": scale_rate}, {"params": biases, "lr": bias_rate}]
+    nothing: list[dict[str, Any]] = [{"params": [torch.zeros(())]}]  # an optimiser wants a tensor
+    return torch.optim.Adam([group for group in groups if group["params"]] or nothing)
+
+
 def images_per_step(target: Tensor, settings: ReconstructionSettings) -> int:
     """As many images as have `step_positions` positions; `target` is the output for one of them, of shape (C, ...)."""
     positions = target[0].numel()
@@ -216,17 +235,17 @@ def undecided(weights: list[WeightQuantizer]) -> float:
 
 def _mixed(flow: Flow, chosen: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """x~: the quantized input with some of its elements as in the float network (QDrop)."""
-    x = _take(flow.quantized_inputs, chosen)
+    x = taken(flow.quantized_inputs, chosen)
     if not probability:
         return x
-    return x.lerp_(_take(flow.float_inputs, chosen), draw_mask(x, probability, generator))
+    return x.lerp_(taken(flow.float_inputs, chosen), draw_mask(x, probability, generator))
 
 
 def _weights(flow: Flow, chosen: Tensor) -> Tensor | None:
-    return None if flow.weights is None else _take(flow.weights, chosen)
+    return None if flow.weights is None else taken(flow.weights, chosen)
 
 
-def _take(tensor: Tensor, chosen: Tensor) -> Tensor:
+def taken(tensor: Tensor, chosen: Tensor) -> Tensor:
     """Images of a tensor that may be mapped, on the device of their numbers."""
     return tensor[chosen.to(tensor.device)].to(chosen.device)
 

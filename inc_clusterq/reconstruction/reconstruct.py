@@ -2,7 +2,8 @@
 
 Unit by unit, in order: each begins at a rounding found layer by layer in closed form (`starting.py`) and learns from there to
 give the float network's outputs for the inputs that the quantized units before it make (`learning.py`). At the end of a unit
-the rounding is hard, and its outputs feed the next one.
+the rounding is hard, and its outputs feed the next one. After the last one, step sizes and biases learn end to end
+(`end_to_end.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ from torch import Tensor, nn
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
 from inc_clusterq.reconstruction.checkpoint import Chain, UnitStore
+from inc_clusterq.reconstruction.end_to_end import learn_end_to_end
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.fisher import fisher_weights
 from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Unit, extract, join
-from inc_clusterq.reconstruction.learning import FORWARD_BATCH, Flow, keep_back, optimise, reconstruction_loss
+from inc_clusterq.reconstruction.learning import (
+    FORWARD_BATCH,
+    Flow,
+    keep_back,
+    loss_as_deployed,
+    optimise,
+    reconstruction_loss,
+)
 from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
     in_mode,
@@ -56,12 +65,24 @@ class UnitReport:
 
 
 @dataclass(frozen=True)
+class EndToEnd:
+    """What the last pass did: the network's loss over all calibration images with their views, by its outputs' power."""
+
+    relative_loss_before: float
+    relative_loss: float
+    steps: int
+    seconds: float
+    resumed: bool  # taken from disk
+
+
+@dataclass(frozen=True)
 class Reconstruction:
-    """A reconstructed graph's units, and the base pass that chose them (granularity `loss`)."""
+    """A reconstructed graph's units, the base pass that chose them (granularity `loss`), and the pass end to end."""
 
     granularity: str
     units: tuple[UnitReport, ...]
     base: tuple[UnitReport, ...] = field(default=())
+    end_to_end: EndToEnd | None = None
 
 
 def reconstruct(
@@ -86,24 +107,42 @@ def reconstruct(
     start = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
     loop = _Loop(quantized, inputs, views, settings, seed, store, progress)
     granularity = settings.granularity or "modcap"
-    blocks = stack_chains(quantized.units, settings.stack_layers)
+    base: tuple[UnitReport, ...] = ()
+    if granularity == "loss":
+        blocks = stack_chains(quantized.units, settings.stack_layers)
+        run = loop.run(blocks)
+        base, losses = run.reports, [report.loss for report in run.reports]
+        if pairs := select_pairs(differences(blocks, losses, lambda first, second: True), settings.top_k, chain=True):
+            quantized.graph_module.load_state_dict(start)  # units before the first merge come back from the store as they were
+            run = loop.run(merge_pairs(blocks, pairs))
+    else:
+        run = loop.run(_units(quantized, granularity, settings))
+    last = loop.end_to_end(run)
+    set_mode(quantized.graph_module, Mode.HARD)
+    return Reconstruction(granularity, run.reports, base, last)
+
+
+def _units(quantized: QuantizedGraph, granularity: str, settings: ReconstructionSettings) -> Sequence[Unit]:
+    """What is reconstructed jointly, where that needs no pass to find out."""
     if granularity == "layer":
-        return Reconstruction(granularity, loop.run(quantized.units))
-    if granularity == "block":
-        return Reconstruction(granularity, loop.run(blocks))
+        return quantized.units
     if granularity == "explicit":
-        return Reconstruction(granularity, loop.run(explicit_units(quantized.units, settings.explicit_units)))
-    if granularity == "modcap":
-        capacities = [modcap(unit, quantized.bits, settings.stride_factor) for unit in blocks]
-        pairs = select_pairs(differences(blocks, capacities, homogeneous), settings.top_k, chain=False)
-        return Reconstruction(granularity, loop.run(merge_pairs(blocks, pairs)))
-    base = loop.run(blocks)
-    losses = [report.loss for report in base]
-    pairs = select_pairs(differences(blocks, losses, lambda first, second: True), settings.top_k, chain=True)
-    if not pairs:
-        return Reconstruction(granularity, base, base)
-    quantized.graph_module.load_state_dict(start)  # units before the first merge come back from the store as they were
-    return Reconstruction(granularity, loop.run(merge_pairs(blocks, pairs)), base)
+        return explicit_units(quantized.units, settings.explicit_units)
+    blocks = stack_chains(quantized.units, settings.stack_layers)
+    if granularity == "block":
+        return blocks
+    capacities = [modcap(unit, quantized.bits, settings.stride_factor) for unit in blocks]
+    return merge_pairs(blocks, select_pairs(differences(blocks, capacities, homogeneous), settings.top_k, chain=False))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass over all units, and where it ended."""
+
+    reports: tuple[UnitReport, ...]
+    chain: Chain
+    targets: Tensor  # the float network's outputs
+    outputs: Tensor  # the quantized network's
 
 
 @dataclass(frozen=True)
@@ -118,7 +157,7 @@ class _Loop:
     store: UnitStore
     progress: Progress
 
-    def run(self, units: Sequence[Unit]) -> tuple[UnitReport, ...]:
+    def run(self, units: Sequence[Unit]) -> _Run:
         """Reconstruct `units` in order, each from what the units before it hand on."""
         float_inputs = quantized_inputs = self.inputs
         shelf = Shelf(self.settings.memory_budget * GIGABYTE, self.store.folder)
@@ -160,8 +199,30 @@ class _Loop:
                 )
                 logger.info("%s: loss %.4g in %.1f s", label, loss, reports[-1].seconds)
                 float_inputs, quantized_inputs = targets, outputs
-        set_mode(self.quantized.graph_module, Mode.HARD)
-        return tuple(reports)
+        return _Run(tuple(reports), chain, float_inputs, quantized_inputs)
+
+    def end_to_end(self, run: _Run) -> EndToEnd | None:
+        """Let step sizes and biases of the whole network learn, behind a pass over its units; None without a step."""
+        began = time.perf_counter()
+        power = _mean_loss(None, run.targets) or 1.0
+        before = _mean_loss(run.outputs, run.targets) / power
+        steps, rate = self.settings.end_to_end_steps(before), self.settings.end_to_end_learning_rate
+        if not steps:
+            return None
+        whole = join(list(self.quantized.units))
+        module = extract(self.quantized.graph_module, whole)
+        chain = run.chain.next(whole, f" {steps} {rate}")
+        with self.progress.stage("Learning end to end", steps) as stage:
+            if resumed := chain.restore(module):
+                stage.advance(steps, "from disk")
+            else:
+                generator = chain.generator(self.inputs.device)
+                learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, generator, stage)
+                chain.keep(module)
+        everything = torch.arange(len(self.inputs), device=self.inputs.device)
+        after = loss_as_deployed(module, self.inputs, run.targets, everything) / power
+        logger.info("end to end: loss %.4g, before %.4g", after, before)
+        return EndToEnd(before, after, steps, time.perf_counter() - began, resumed)
 
     def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
         """Weights of the loss of the unit before `behind`, as the settings ask for."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FEWEST_IMAGES = 4  # of a step whose images have many positions
+FAR_OFF = 0.1  # error of a network's outputs, in units of their power, from which on they are learned end to end by default
 
 
 class ReconstructionSettings(BaseModel):
@@ -134,6 +135,21 @@ class ReconstructionSettings(BaseModel):
         description="Once its rounding is decided, a unit stops when that loss has not fallen for this many twentieths of the "
         "steps. 20: never before the end. Our choice.",
     )
+    end_to_end_iterations: int | None = Field(
+        None,
+        ge=0,
+        le=100_000,
+        description="Steps behind the last unit, in which step sizes and biases of the whole network learn to give the float "
+        "network's outputs (as E2E-QP, arXiv 2407.11062), and the integers of the weights stay. Empty: as many as "
+        "`iterations` where the units have left an error of the outputs of more than a tenth of their power, otherwise none.",
+    )
+    end_to_end_learning_rate: float = Field(
+        5e-3,
+        gt=0,
+        le=1,
+        description="Adam step on these step sizes, relative to the size, and on the biases, relative to the deviation of the "
+        "layer's output, cosine decay. By trial.",
+    )
     range_norm: float = Field(2.4, ge=1, le=8, description="p of the Lp error that initial scales minimise (AdaRound: 2.4).")
     memory_budget: float = Field(
         4.0,
@@ -154,6 +170,12 @@ class ReconstructionSettings(BaseModel):
         if self.weight_learning_rate is not None:
             return self.weight_learning_rate
         return min(1.0, 0.03 * 2 ** math.log(1000 / max(1, self.iterations), 2.5))
+
+    def end_to_end_steps(self, relative_loss: float) -> int:
+        """Steps of the pass end to end, where the units have left this error of the outputs in units of their power."""
+        if self.end_to_end_iterations is not None:
+            return self.end_to_end_iterations
+        return self.iterations if relative_loss > FAR_OFF else 0
 
     @model_validator(mode="after")
     def _units_belong_to_explicit(self) -> Self:

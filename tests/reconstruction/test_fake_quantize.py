@@ -233,6 +233,45 @@ def test_a_bias_follows_the_weight_while_it_is_learned_and_stays_afterwards() ->
     torch.testing.assert_close(weight * 3 @ mean[0] + correction(bias, weight * 7), weight @ mean[0] + bias + 0.5)
 
 
+def test_a_fixed_correction_follows_no_weight_and_learns_on_top_of_what_it_is() -> None:
+    weight, bias = torch.randn(4, 3), torch.randn(4)
+    correction = BiasCorrection(bias)
+    correction.start(weight, wanted=weight @ torch.ones(3), mean=torch.ones(1, 3), unit=torch.ones(4))
+    correction.fix(torch.full((4,), 0.25), torch.full((4,), 2.0))
+    correction.mode = Mode.LEARN
+    assert torch.equal(correction(bias, weight * 7), bias + 0.25)
+    with torch.no_grad():
+        correction.c.fill_(0.5)
+    torch.testing.assert_close(correction(bias, weight), bias + 1.25)
+    for _ in range(2):  # what was learned is taken in once
+        correction.harden(weight)
+    correction.mode = Mode.HARD
+    torch.testing.assert_close(correction(bias, weight), bias + 1.25)
+
+
+def test_nothing_is_learned_of_a_bias_that_was_never_started() -> None:
+    correction = BiasCorrection(torch.zeros(4))
+    correction.mode = Mode.LEARN
+    correction(torch.ones(4), torch.ones(4, 3)).sum().backward()
+    assert correction.c.grad is not None
+    assert not correction.c.grad.any()
+
+
+def test_a_decided_weight_learns_its_step_and_keeps_its_integers(weight: Tensor) -> None:
+    quantizer = WeightQuantizer(weight, 3, NORM, joint=True)
+    integers = quantizer.integers.clone()
+    quantizer.decided, quantizer.mode = True, Mode.LEARN
+    torch.testing.assert_close(quantizer(weight), quantizer.deployed(), rtol=0, atol=0)
+    quantizer(weight).square().sum().backward()
+    assert quantizer.v.grad is None
+    assert quantizer.scale_shift.grad is not None
+    assert (quantizer.scale_shift.grad != 0).all()
+    with torch.no_grad():
+        quantizer.v.mul_(-1)
+    quantizer.harden(learned=True)
+    assert torch.equal(quantizer.integers, integers)
+
+
 def test_a_restarted_weight_begins_at_the_given_levels() -> None:
     quantizer = WeightQuantizer(torch.randn(3, 4), 3, NORM)
     levels, scale = torch.tensor([[-4.2, -0.3, 0.2, 3.3]]).repeat(3, 1), torch.tensor([0.5, 1.0, 2.0])

@@ -213,7 +213,7 @@ def test_no_images_are_an_error(quantized: Quantized, quick: Quick) -> None:
 
 def test_reported_losses_are_those_of_the_finished_graph(run: Run, network: Network, quick: Quick) -> None:
     _, inputs = network("chain")
-    report, graph, outputs = run("chain", quick())
+    report, graph, outputs = run("chain", quick(end_to_end_iterations=0))
     with torch.no_grad(), in_mode(graph.graph_module, Mode.FLOAT):
         targets = graph.graph_module(inputs)
     assert report.units[-1].loss == pytest.approx(float((outputs - targets).square().sum(1).mean()), rel=1e-5)
@@ -225,7 +225,7 @@ def test_reported_losses_are_those_of_the_finished_graph(run: Run, network: Netw
 def test_a_quantizer_that_two_units_share_stays_as_its_first_unit_left_it(
     run: Run, quantized: Quantized, network: Network, quick: Quick, name: str
 ) -> None:
-    settings = quick(granularity="layer", iterations=30)
+    settings = quick(granularity="layer", iterations=30, end_to_end_iterations=0)
     _, inputs = network(name)
     report, graph, outputs = run(name, settings)
     with torch.no_grad(), in_mode(graph.graph_module, Mode.FLOAT):

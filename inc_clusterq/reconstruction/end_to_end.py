@@ -1,0 +1,102 @@
+"""The last pass: step sizes and biases of the whole network learn together to give the float network's outputs.
+
+Units are reconstructed one by one, and what each of them could not make up for adds up behind it. When all are done the
+integers of the weights stay, and the few numbers that are left (a step size per channel and per activation, zero points,
+biases) are learned end to end, as in EfficientQAT (E2E-QP, arXiv 2407.11062) but with the float network instead of labels.
+
+All calibration images are learned from, and what stays is where the steps end. Images to judge by are of no use here: each of
+them has had its part in how the units begin and in which of their states stayed, so that their own loss may well rise while
+that of images nobody has seen falls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+
+from inc_clusterq.progress import Stage
+from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
+from inc_clusterq.reconstruction.learning import (
+    CHECKS,
+    copied,
+    harden,
+    images_per_step,
+    loss_as_deployed,
+    reconstruction_loss,
+    step_optimiser,
+    taken,
+)
+from inc_clusterq.reconstruction.quantizers import in_mode, simulated
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+logger = logging.getLogger(__name__)
+
+BATCH = 16  # images per step; fewer, with the same steps, were worse on small images
+DIVERGED = 2.0  # times the loss at the start; some growth is no harm, see above
+
+
+def learn_end_to_end(
+    module: fx.GraphModule,  # the network, its units reconstructed
+    inputs: Tensor,  # shape: (N, *shape)
+    targets: Tensor,  # the float network's outputs, shape: (N, C, ...)
+    settings: ReconstructionSettings,
+    steps: int,
+    generator: torch.Generator,
+    stage: Stage,
+) -> None:
+    """Learn the step sizes and biases of the whole network, and leave them hard."""
+    parts, everything = nn.ModuleList(simulated(module)), torch.arange(len(inputs), device=inputs.device)
+    start, before = copied(parts), loss_as_deployed(module, inputs, targets, everything)
+    with _decided(parts), in_mode(module, Mode.LEARN), torch.enable_grad():
+        _descend(module, parts, inputs, targets, settings, steps, generator, stage)
+        harden(module, parts, learned=True)
+    after = loss_as_deployed(module, inputs, targets, everything)
+    if not after <= DIVERGED * before:
+        logger.warning("end to end the loss has grown from %.4g to %.4g; what the units have left stays", before, after)
+        parts.load_state_dict(start)
+
+
+def _descend(
+    module: fx.GraphModule,
+    parts: nn.ModuleList,
+    inputs: Tensor,
+    targets: Tensor,
+    settings: ReconstructionSettings,
+    steps: int,
+    generator: torch.Generator,
+    stage: Stage,
+) -> None:
+    rate = settings.end_to_end_learning_rate
+    optimiser = step_optimiser(parts, rate, rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=steps)
+    look_every = max(1, steps // CHECKS)
+    together = images_per_step(inputs[0], settings)  # as many at once as in a unit of large maps: that bounds the memory
+    for step in range(steps):
+        drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
+        optimiser.zero_grad(set_to_none=True)
+        total = 0.0
+        for chosen in drawn.split(together):
+            loss = reconstruction_loss(module(taken(inputs, chosen)), taken(targets, chosen)) * (len(chosen) / BATCH)
+            loss.backward()
+            total += float(loss.detach())
+        optimiser.step()
+        schedule.step()
+        if (step + 1) % look_every == 0 or step + 1 == steps:
+            stage.advance((step % look_every) + 1, f"loss {total:.4g}")
+
+
+@contextmanager
+def _decided(parts: nn.ModuleList) -> Iterator[None]:
+    """The integers of all weights stay as they are."""
+    weights = [part for part in parts if isinstance(part, WeightQuantizer)]
+    for weight in weights:
+        weight.decided = True
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.decided = False

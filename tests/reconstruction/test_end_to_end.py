@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.progress import SILENT, Progress, Stage
+from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
+from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+Network = Callable[[str], tuple[nn.Module, Tensor]]
+Quantized = Callable[..., QuantizedGraph]
+Quick = Callable[..., ReconstructionSettings]
+Found = tuple[Reconstruction, QuantizedGraph, Tensor]
+Run = Callable[..., Found]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class KilledAtTheEnd:
+    """A progress that dies in the middle of the pass end to end."""
+
+    @contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Stage]:
+        self.left = total // 2 if "end to end" in title else total
+        yield self
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise Killed
+
+
+@pytest.fixture
+def run(quantized: Quantized, network: Network) -> Run:
+    """Reconstruct a network at 3 bits; the report, the graph and its outputs."""
+
+    def make(name: str, settings: ReconstructionSettings, folder: Path | None = None, progress: Progress = SILENT) -> Found:
+        _, inputs = network(name)
+        graph = quantized(name, settings)
+        report = reconstruct(graph, inputs, settings, seed=0, store=UnitStore(folder), progress=progress)
+        with torch.no_grad():
+            return report, graph, graph.graph_module(inputs)
+
+    return make
+
+
+def integers(graph: QuantizedGraph) -> list[Tensor]:
+    return [part.integers for part in quantizers(graph.graph_module) if isinstance(part, WeightQuantizer)]
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "squeeze_excite"])
+def test_the_network_comes_closer_to_the_float_one_while_the_integers_stay(
+    run: Run, network: Network, quick: Quick, name: str
+) -> None:
+    # Toys whose units are learned are all but exact, which leaves nothing to gain.
+    keys = {"iterations": 0, "start": "nearest"}
+    _, inputs = network(name)
+    report, after, found = run(name, quick(end_to_end_iterations=100, **keys))
+    with torch.no_grad(), in_mode(after.graph_module, Mode.FLOAT):
+        targets = after.graph_module(inputs)
+    _, unchanged, outputs = run(name, quick(end_to_end_iterations=0, **keys))
+    last = report.end_to_end
+    assert last is not None
+    power = targets.square().sum()
+    assert last.relative_loss_before == pytest.approx(float((outputs - targets).square().sum() / power), rel=1e-4)
+    assert last.relative_loss == pytest.approx(float((found - targets).square().sum() / power), rel=1e-4)
+    assert last.relative_loss < last.relative_loss_before
+    assert all(torch.equal(one, other) for one, other in zip(integers(after), integers(unchanged), strict=True))
+
+
+def test_without_learned_weight_steps_the_weights_stay(run: Run, quick: Quick) -> None:
+    keys = {"iterations": 0, "start": "nearest", "learn_weight_scale": False}
+    _, before, _ = run("chain", quick(end_to_end_iterations=0, **keys))
+    report, after, _ = run("chain", quick(end_to_end_iterations=100, **keys))
+    assert report.end_to_end is not None
+    assert report.end_to_end.relative_loss < report.end_to_end.relative_loss_before
+    scales = [
+        [part.start_scale for part in quantizers(graph.graph_module) if isinstance(part, WeightQuantizer)]
+        for graph in (before, after)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*scales, strict=True))
+
+
+def test_where_it_leads_nowhere_all_is_left_as_the_units_left_it(
+    run: Run, quick: Quick, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, _, expected = run("depthwise", quick(end_to_end_iterations=0))
+    report, _, outputs = run("depthwise", quick(end_to_end_iterations=3, end_to_end_learning_rate=1.0))
+    assert torch.equal(outputs, expected)
+    assert report.end_to_end is not None
+    assert report.end_to_end.relative_loss == pytest.approx(report.end_to_end.relative_loss_before, rel=1e-5)
+    assert "stays" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "steps"),
+    [(0.2, None, 7), (0.05, None, 0), (0.2, 3, 3), (0.05, 3, 3), (0.2, 0, 0), (float("nan"), None, 0)],
+)
+def test_by_default_it_is_for_networks_that_are_far_off(quick: Quick, loss: float, given: int | None, steps: int) -> None:
+    assert quick(iterations=7, end_to_end_iterations=given).end_to_end_steps(loss) == steps
+
+
+def test_a_network_that_is_far_off_by_default_takes_as_many_steps_as_a_unit(
+    run: Run, quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("chain", quick())[0].end_to_end is None  # the toy is all but exact
+    monkeypatch.setattr("inc_clusterq.reconstruction.settings.FAR_OFF", 0.0)
+    last = run("chain", quick())[0].end_to_end
+    assert last is not None
+    assert last.steps == quick().iterations
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "tied", "transposed"])
+def test_killed_on_the_way_it_ends_bit_identical(run: Run, quick: Quick, tmp_path: Path, name: str) -> None:
+    settings = quick(granularity="layer", end_to_end_iterations=40)
+    whole, _, outputs = run(name, settings)
+    with pytest.raises(Killed):
+        run(name, settings, tmp_path, KilledAtTheEnd())
+    for resumed in (False, True):
+        report, _, found = run(name, settings, tmp_path)
+        assert all(unit.resumed for unit in report.units)
+        assert report.end_to_end is not None
+        assert whole.end_to_end is not None
+        assert report.end_to_end.resumed == resumed
+        assert report.end_to_end.relative_loss == whole.end_to_end.relative_loss
+        assert torch.equal(found, outputs)
+
+
+def test_other_steps_of_it_need_no_unit_anew(run: Run, quick: Quick, tmp_path: Path) -> None:
+    run("chain", quick(end_to_end_iterations=4), tmp_path)
+    report, _, outputs = run("chain", quick(end_to_end_iterations=9), tmp_path)
+    assert all(unit.resumed for unit in report.units)
+    assert report.end_to_end is not None
+    assert not report.end_to_end.resumed
+    assert torch.equal(outputs, run("chain", quick(end_to_end_iterations=9))[2])
