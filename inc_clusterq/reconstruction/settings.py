@@ -7,6 +7,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from inc_clusterq.inputs import LARGE
+
+SMALLEST_VIEWED = 24  # pixels of a side; of what is smaller, or has not two sides, there are no views
+MOST_VIEWS = 4  # of an image, by default
+ENOUGH_IMAGES = 1024  # with their views, by default
 FEWEST_IMAGES = 4  # of a step whose images have many positions
 FAR_OFF = 0.1  # error of a network's outputs, in units of their power, from which on they are learned end to end by default
 
@@ -118,8 +123,9 @@ class ReconstructionSettings(BaseModel):
         ge=1,
         le=16,
         description="Views of each calibration image that units learn from, itself included: shifted by up to a tenth of a "
-        "side, every other one mirrored where there are three channels. Inputs of less than 24 pixels, and those that are no "
-        "images, have one. Empty: 1 from 96 pixels on, below that as many as make 1,024 images of them, at most 4. By trial.",
+        "side, every other one mirrored where there are three channels. Inputs of less than "
+        f"{SMALLEST_VIEWED} pixels, and those that are no images, have one. Empty: 1 from {LARGE} pixels on, below that as "
+        f"many as make {ENOUGH_IMAGES} images of them, at most {MOST_VIEWS}. By trial.",
     )
     validation_share: float = Field(
         0.125,

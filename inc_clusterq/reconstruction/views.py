@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from inc_clusterq.inputs import is_large
-from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.reconstruction.settings import ENOUGH_IMAGES, MOST_VIEWS, SMALLEST_VIEWED, ReconstructionSettings
 
-SMALLEST = 24  # pixels of a side; what is smaller, or has not two sides, is left as it is
 REACH = 10  # a shift is at most a side divided by this
 PICTURE_CHANNELS = 3  # what has as many is a picture, which may be mirrored
-ENOUGH = 1024  # images with their views
-MOST = 4  # views of an image
 
 
 def count_views(images: Tensor, settings: ReconstructionSettings) -> int:
@@ -25,11 +22,11 @@ def count_views(images: Tensor, settings: ReconstructionSettings) -> int:
 
     Large images have many positions; what views of them gained could not be told from noise.
     """
-    if images.dim() != 4 or min(images.shape[2:]) < SMALLEST:
+    if images.dim() != 4 or min(images.shape[2:]) < SMALLEST_VIEWED:
         return 1
     if settings.views is not None:
         return settings.views
-    return 1 if is_large(images.shape[1:]) else min(MOST, max(1, ENOUGH // len(images)))
+    return 1 if is_large(images.shape[1:]) else min(MOST_VIEWS, max(1, ENOUGH_IMAGES // len(images)))
 
 
 def with_views(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
