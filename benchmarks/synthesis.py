@@ -19,7 +19,9 @@ began. Test images give the figures and nothing else.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -164,7 +166,19 @@ def _images(source: str, net: str, subject: common.Subject, options: common.Opti
 
 def _alone() -> ProcessPoolExecutor:
     """One fresh process: its peak memory is that of one synthesis."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Do not go on for minutes when the benchmark is killed."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _synthesise(
