@@ -4,22 +4,20 @@ Units are reconstructed one by one, and what each of them could not make up for 
 integers of the weights stay, and the few numbers that are left (a step size per channel and per activation, zero points,
 biases) are learned end to end, as in EfficientQAT (E2E-QP, arXiv 2407.11062) but with the float network instead of labels.
 
-All calibration images are learned from, and what stays is where the steps end. Images to judge by are of no use here: each of
-them has had its part in how the units begin and in which of their states stayed, so that their own loss may well rise while
-that of images nobody has seen falls.
+All calibration images are learned from, and what stays is where the steps end. Images to judge by would not be neutral here:
+each of them had its part in how the units begin and in which of their states stayed. Their loss has been seen to rise while
+that of images nobody had seen fell.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import Stage
-from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
+from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.learning import (
     CHECKS,
     copied,
@@ -35,7 +33,7 @@ from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
 
-BATCH = 16  # images per step; fewer, with the same steps, were worse on small images
+BATCH = 16  # images per step. By trial
 DIVERGED = 2.0  # times the loss at the start; some growth is no harm, see above
 
 
@@ -45,19 +43,22 @@ def learn_end_to_end(
     targets: Tensor,  # the float network's outputs, shape: (N, C, ...)
     settings: ReconstructionSettings,
     steps: int,
+    before: float,  # loss over all images
     generator: torch.Generator,
     stage: Stage,
-) -> None:
-    """Learn the step sizes and biases of the whole network, and leave them hard."""
-    parts, everything = nn.ModuleList(simulated(module)), torch.arange(len(inputs), device=inputs.device)
-    start, before = copied(parts), loss_as_deployed(module, inputs, targets, everything)
-    with _decided(parts), in_mode(module, Mode.LEARN), torch.enable_grad():
+) -> float:
+    """Learn the step sizes and biases of the whole network, and leave them hard; returns the loss over all images."""
+    parts = nn.ModuleList(simulated(module))
+    start = copied(parts)
+    with in_mode(module, Mode.STEPS), torch.enable_grad():
         _descend(module, parts, inputs, targets, settings, steps, generator, stage)
-        harden(module, parts, learned=True)
-    after = loss_as_deployed(module, inputs, targets, everything)
-    if not after <= DIVERGED * before:
-        logger.warning("end to end the loss has grown from %.4g to %.4g; what the units have left stays", before, after)
-        parts.load_state_dict(start)
+    harden(module, parts, learned=False)
+    after = loss_as_deployed(module, inputs, targets)
+    if after <= DIVERGED * before:
+        return after
+    logger.warning("end to end the loss has grown from %.4g to %.4g; what the units have left stays", before, after)
+    parts.load_state_dict(start)
+    return before
 
 
 def _descend(
@@ -87,16 +88,3 @@ def _descend(
         schedule.step()
         if (step + 1) % look_every == 0 or step + 1 == steps:
             stage.advance((step % look_every) + 1, f"loss {total:.4g}")
-
-
-@contextmanager
-def _decided(parts: nn.ModuleList) -> Iterator[None]:
-    """The integers of all weights stay as they are."""
-    weights = [part for part in parts if isinstance(part, WeightQuantizer)]
-    for weight in weights:
-        weight.decided = True
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.decided = False

@@ -30,6 +30,7 @@ class Mode(Enum):
     FLOAT = "float"  # hands it on
     OBSERVE = "observe"  # hands it on and remembers its range
     LEARN = "learn"  # soft weights; activations quantized, some dropped
+    STEPS = "steps"  # as LEARN, but the weights' integers are those that are deployed
     HARD = "hard"  # exactly what is deployed
 
 
@@ -150,7 +151,6 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits, self.joint = bits, joint
         self.mode = Mode.FLOAT
-        self.decided = False  # the integers are no longer learned
         self.start_scale: Tensor
         self.floor: Tensor
         self.integers: Tensor
@@ -171,7 +171,7 @@ class WeightQuantizer(nn.Module):
             return weight
         if self.mode is Mode.HARD:
             return self.deployed()
-        if self.decided:
+        if self.mode is Mode.STEPS:
             return self.integers * self.scale
         return (self.floor + soft_rounding(self.v)).clamp(*signed_levels(self.bits)) * self.scale
 
@@ -185,8 +185,7 @@ class WeightQuantizer(nn.Module):
     def harden(self, learned: bool) -> None:
         """Fix the integers, at the rounding that V has chosen if it was `learned`; they are what is deployed."""
         with torch.no_grad():
-            by_v = learned and not self.decided
-            integers = self.floor + (self.v >= 0).to(self.floor.dtype) if by_v else self.integers
+            integers = self.floor + (self.v >= 0).to(self.floor.dtype) if learned else self.integers
             self.fix(integers.clamp(*signed_levels(self.bits)), self.scale)
 
     def fix(self, integers: Tensor, scale: Tensor) -> None:

@@ -131,14 +131,18 @@ class _Best:
 
 @torch.no_grad()
 def loss_as_deployed(
-    module: fx.GraphModule, inputs: Tensor, targets: Tensor, numbers: Tensor, weights: Tensor | None = None
+    module: fx.GraphModule,
+    inputs: Tensor,
+    targets: Tensor,
+    numbers: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> float:
-    """The reconstruction loss over the images of these numbers, everything hard."""
+    """The reconstruction loss over all images, or those of `numbers`, everything hard."""
+    numbers = torch.arange(len(inputs), device=inputs.device) if numbers is None else numbers
     total = 0.0
     with in_mode(module, Mode.HARD):
         for chosen in numbers.split(FORWARD_BATCH):
-            weight = None if weights is None else taken(weights, chosen)
-            loss = reconstruction_loss(module(taken(inputs, chosen)), taken(targets, chosen), weight)
+            loss = reconstruction_loss(module(taken(inputs, chosen)), taken(targets, chosen), _weights(weights, chosen))
             total += float(loss) * len(chosen)
     return total / len(numbers)
 
@@ -183,7 +187,7 @@ def _descend(
         drawn = torch.randint(images, (batch,), generator=generator, device=generator.device)
         chosen = flow.learned_from[drawn]
         x, y = _mixed(flow, chosen, settings.drop_probability, generator), taken(flow.targets, chosen)
-        loss = reconstruction_loss(module(x), y, _weights(flow, chosen))
+        loss = reconstruction_loss(module(x), y, _weights(flow.weights, chosen))
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
         if beta is not None:
@@ -241,8 +245,8 @@ def _mixed(flow: Flow, chosen: Tensor, probability: float, generator: torch.Gene
     return x.lerp_(taken(flow.float_inputs, chosen), draw_mask(x, probability, generator))
 
 
-def _weights(flow: Flow, chosen: Tensor) -> Tensor | None:
-    return None if flow.weights is None else taken(flow.weights, chosen)
+def _weights(weights: Tensor | None, chosen: Tensor) -> Tensor | None:
+    return None if weights is None else taken(weights, chosen)
 
 
 def taken(tensor: Tensor, chosen: Tensor) -> Tensor:

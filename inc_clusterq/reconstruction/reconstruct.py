@@ -205,8 +205,8 @@ class _Loop:
         """Let step sizes and biases of the whole network learn, behind a pass over its units; None without a step."""
         began = time.perf_counter()
         power = _mean_loss(None, run.targets) or 1.0
-        before = _mean_loss(run.outputs, run.targets) / power
-        steps, rate = self.settings.end_to_end_steps(before), self.settings.end_to_end_learning_rate
+        before = _mean_loss(run.outputs, run.targets)
+        steps, rate = self.settings.end_to_end_steps(before / power), self.settings.end_to_end_learning_rate
         if not steps:
             return None
         whole = join(list(self.quantized.units))
@@ -215,14 +215,13 @@ class _Loop:
         with self.progress.stage("Learning end to end", steps) as stage:
             if resumed := chain.restore(module):
                 stage.advance(steps, "from disk")
+                after = loss_as_deployed(module, self.inputs, run.targets)
             else:
                 generator = chain.generator(self.inputs.device)
-                learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, generator, stage)
+                after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, generator, stage)
                 chain.keep(module)
-        everything = torch.arange(len(self.inputs), device=self.inputs.device)
-        after = loss_as_deployed(module, self.inputs, run.targets, everything) / power
         logger.info("end to end: loss %.4g, before %.4g", after, before)
-        return EndToEnd(before, after, steps, time.perf_counter() - began, resumed)
+        return EndToEnd(before / power, after / power, steps, time.perf_counter() - began, resumed)
 
     def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
         """Weights of the loss of the unit before `behind`, as the settings ask for."""

@@ -160,14 +160,14 @@ def _about(request: dict[str, Any]) -> dict[str, Any]:
 def _alone(folder: Path, progress: Progress) -> Iterator[None]:
     """Wait until no other process makes the set `folder`. The system ends a lock with the process that holds it."""
     file = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(file)
+    lock = FileLock(file, fallback_to_soft=False)  # a soft lock outlives a killed process, and whoever comes waits for ever
     try:
         lock.acquire(timeout=0)
     except Timeout:
         with progress.stage("Waiting for another process that makes this set", 1) as stage:
             lock.acquire()
             stage.advance(1)
-    except (OSError, NotImplementedError) as failure:  # the second is filelock's word for a file system without locks
+    except OSError as failure:
         raise OutputError(f"cannot lock {file} ({failure}); choose a workspace on a file system with locks") from failure
     try:
         yield

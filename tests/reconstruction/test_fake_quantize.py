@@ -257,10 +257,10 @@ def test_nothing_is_learned_of_a_bias_that_was_never_started() -> None:
     assert not correction.c.grad.any()
 
 
-def test_a_decided_weight_learns_its_step_and_keeps_its_integers(weight: Tensor) -> None:
+def test_a_weight_learns_its_step_alone_and_keeps_its_integers(weight: Tensor) -> None:
     quantizer = WeightQuantizer(weight, 3, NORM, joint=True)
     integers = quantizer.integers.clone()
-    quantizer.decided, quantizer.mode = True, Mode.LEARN
+    quantizer.mode = Mode.STEPS
     torch.testing.assert_close(quantizer(weight), quantizer.deployed(), rtol=0, atol=0)
     quantizer(weight).square().sum().backward()
     assert quantizer.v.grad is None
@@ -268,7 +268,7 @@ def test_a_decided_weight_learns_its_step_and_keeps_its_integers(weight: Tensor)
     assert (quantizer.scale_shift.grad != 0).all()
     with torch.no_grad():
         quantizer.v.mul_(-1)
-    quantizer.harden(learned=True)
+    quantizer.harden(learned=False)
     assert torch.equal(quantizer.integers, integers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -193,6 +194,17 @@ def test_an_impossible_cache_is_refused_before_the_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot create the folder"):
         cached_dataset(tmp_path / "file" / "cache", **request_of)
+
+
+def test_a_file_system_without_locks_is_refused_rather_than_locked_by_a_file_that_outlives_its_process(
+    tmp_path: Path, request_of: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with pytest.raises(OutputError, match=r"cannot lock .* on a file system with locks"):
+        cached_dataset(tmp_path, **request_of)
 
 
 def test_what_was_begun_is_not_continued_where_it_is_damaged(
