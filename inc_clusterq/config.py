@@ -130,7 +130,11 @@ class OpWise(Section):
     """Widths of one layer, or of all layers of a kind."""
 
     weight: Bits | None = Field(None, description="Weights; empty: as `model_wise`.")
-    activation: Bits | None = Field(None, description="Input; empty: as `model_wise`.")
+    activation: Bits | None = Field(
+        None,
+        description="Input; empty: as `model_wise`. Layers that read the same tensor get the most bits asked for any of "
+        "them here.",
+    )
 
 
 class DatasetConfig(Section):

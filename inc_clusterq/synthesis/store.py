@@ -162,11 +162,12 @@ def _alone(folder: Path, progress: Progress) -> Iterator[None]:
     file = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(file, fallback_to_soft=False)  # a soft lock outlives a killed process, and whoever comes waits for ever
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        with progress.stage("Waiting for another process that makes this set", 1) as stage:
-            lock.acquire()
-            stage.advance(1)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with progress.stage("Waiting for another process that makes this set", 1) as stage:
+                lock.acquire()
+                stage.advance(1)
     except OSError as failure:
         raise OutputError(f"cannot lock {file} ({failure}); choose a workspace on a file system with locks") from failure
     try:

@@ -196,13 +196,17 @@ def test_an_impossible_cache_is_refused_before_the_work(
         cached_dataset(tmp_path / "file" / "cache", **request_of)
 
 
+@pytest.mark.parametrize("answers", [[errno.ENOSYS], [errno.EWOULDBLOCK, errno.EIO]], ids=["at once", "while waiting"])
 def test_a_file_system_without_locks_is_refused_rather_than_locked_by_a_file_that_outlives_its_process(
-    tmp_path: Path, request_of: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    answers: list[int], tmp_path: Path, request_of: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    errors = iter(answers)
 
-    monkeypatch.setattr("fcntl.flock", missing)
+    def fails(*_: object) -> None:
+        number = next(errors)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", fails)
     with pytest.raises(OutputError, match=r"cannot lock .* on a file system with locks"):
         cached_dataset(tmp_path, **request_of)
 
