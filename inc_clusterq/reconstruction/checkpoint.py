@@ -3,7 +3,8 @@
 The key of a unit is the hash of the key before it and of the unit itself; the first key is the hash of the weights, the
 calibration images, the settings, the bits and the seed. Two runs that agree up to a unit share its file: a run that was
 killed continues there, and the passes of granularity `loss` share the units that they have in common. The random numbers
-of a unit come from its key too, so a resumed run ends bit-identical to one that was never interrupted.
+of a unit come from its key too, so a resumed run ends bit-identical to one that was never interrupted. The pass end to end is
+kept like a unit, and its state on the way besides, since it can take as long as all units together.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasC
 from inc_clusterq.reconstruction.graph import Unit, attribute
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, Simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.resuming import State
 
 logger = logging.getLogger(__name__)
 
@@ -107,19 +109,37 @@ class Chain:
                 scale, zero_point = quantizer.deployed()
                 state[f"{name}.scale"] = torch.tensor(scale)
                 state[f"{name}.zero_point"] = torch.tensor(zero_point)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-        os.close(handle)
+        _write(self._file, state)
+
+    def found_state(self) -> State | None:
+        """What `keep_state` has kept last of a unit on its way, on the CPU; None where nothing whole is."""
+        if self.folder is None or not self._unfinished.exists():
+            return None
         try:
-            save_file(state, temporary, {CHECKSUM: _checksum(state)})
-            os.replace(temporary, self._file)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+            return _read(self._unfinished)
+        except (SafetensorError, ValueError, OSError) as error:
+            logger.warning("%s cannot be used (%s); the unit is begun anew", self._unfinished, error)
+            return None
+
+    def keep_state(self, state: State) -> None:
+        """Write from where a unit on its way goes on, in place of what was kept before."""
+        if self.folder is not None:
+            _write(self._unfinished, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+    def drop_state(self) -> None:
+        """Forget it: the unit is done."""
+        if self.folder is not None:
+            self._unfinished.unlink(missing_ok=True)
 
     @property
     def _file(self) -> Path:
         assert self.folder is not None
         return self.folder / f"{self.key}.safetensors"
+
+    @property
+    def _unfinished(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self.key}.unfinished.safetensors"
 
 
 def _named_quantizers(module: nn.Module) -> list[tuple[str, Simulated]]:
@@ -138,6 +158,17 @@ def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[
         integers = state[f"{name}.integers"].to(quantizer.integers).reshape(quantizer.integers.shape)
         return integers, scale.to(quantizer.start_scale).reshape(quantizer.start_scale.shape)
     return float(scale), int(state[f"{name}.zero_point"])
+
+
+def _write(file: Path, state: dict[str, Tensor]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(state, temporary, {CHECKSUM: _checksum(state)})
+        os.replace(temporary, file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -12,11 +12,15 @@ that of images nobody had seen fell.
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from inc_clusterq.progress import Stage
+from inc_clusterq.reconstruction.checkpoint import Chain
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.learning import (
     CHECKS,
@@ -30,6 +34,7 @@ from inc_clusterq.reconstruction.learning import (
 )
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.resuming import SAVE_SECONDS, State, adam_state, below, restore_adam
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +49,17 @@ def learn_end_to_end(
     settings: ReconstructionSettings,
     steps: int,
     before: float,  # loss over all images
-    generator: torch.Generator,
+    chain: Chain,  # whose last link this pass is
     stage: Stage,
 ) -> float:
-    """Learn the step sizes and biases of the whole network, and leave them hard; returns the loss over all images."""
+    """Learn the step sizes and biases of the whole network, and leave them hard; returns the loss over all images.
+
+    From time to time the state is kept in `chain`, and one that is found there is where the pass goes on.
+    """
     parts = nn.ModuleList(simulated(module))
     start = copied(parts)
     with in_mode(module, Mode.STEPS), torch.enable_grad():
-        _descend(module, parts, inputs, targets, settings, steps, generator, stage)
+        _descend(module, parts, inputs, targets, settings, steps, chain, stage)
     harden(module, parts, learned=False)
     after = loss_as_deployed(module, inputs, targets)
     if after <= DIVERGED * before:
@@ -68,15 +76,21 @@ def _descend(
     targets: Tensor,
     settings: ReconstructionSettings,
     steps: int,
-    generator: torch.Generator,
+    chain: Chain,
     stage: Stage,
 ) -> None:
     rate = settings.end_to_end_learning_rate
     optimiser = step_optimiser(parts, rate, rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=steps)
+    schedule = CosineAnnealingLR(optimiser, T_max=steps)
+    generator = chain.generator(inputs.device)
+    told = done = 0
+    if (state := chain.found_state()) is not None:
+        told = done = _restore(state, parts, optimiser, schedule, generator)
+        stage.advance(done, "from disk")
+    saved = time.monotonic()
     look_every = max(1, steps // CHECKS)
     together = images_per_step(inputs[0], settings)  # as many at once as in a unit of large maps: that bounds the memory
-    for step in range(steps):
+    for step in range(done, steps):
         drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
@@ -87,4 +101,28 @@ def _descend(
         optimiser.step()
         schedule.step()
         if (step + 1) % look_every == 0 or step + 1 == steps:
-            stage.advance((step % look_every) + 1, f"loss {total:.4g}")
+            stage.advance(step + 1 - told, f"loss {total:.4g}")
+            told = step + 1
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            chain.keep_state(_state(parts, optimiser, schedule, generator))
+            saved = time.monotonic()
+
+
+def _state(parts: nn.ModuleList, optimiser: Adam, schedule: CosineAnnealingLR, generator: torch.Generator) -> State:
+    """Everything that the next steps depend on."""
+    rates = torch.tensor([group["lr"] for group in optimiser.param_groups], dtype=torch.float64)
+    counts = {"done": torch.tensor(schedule.last_epoch), "rates": rates, "rng": generator.get_state()}
+    return {**{f"parts.{name}": value for name, value in parts.state_dict().items()}, **adam_state(optimiser), **counts}
+
+
+def _restore(
+    state: State, parts: nn.ModuleList, optimiser: Adam, schedule: CosineAnnealingLR, generator: torch.Generator
+) -> int:
+    """Inverse of `_state`; returns the steps done."""
+    parts.load_state_dict(below("parts", state))
+    restore_adam(state, optimiser)
+    for group, rate in zip(optimiser.param_groups, state["rates"].tolist(), strict=True):
+        group["lr"] = rate
+    generator.set_state(state["rng"])
+    schedule.last_epoch = int(state["done"])
+    return schedule.last_epoch

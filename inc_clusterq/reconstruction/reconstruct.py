@@ -217,9 +217,9 @@ class _Loop:
                 stage.advance(steps, "from disk")
                 after = loss_as_deployed(module, self.inputs, run.targets)
             else:
-                generator = chain.generator(self.inputs.device)
-                after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, generator, stage)
+                after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, chain, stage)
                 chain.keep(module)
+                chain.drop_state()
         logger.info("end to end: loss %.4g, before %.4g", after, before)
         return EndToEnd(before / power, after / power, steps, time.perf_counter() - began, resumed)
 

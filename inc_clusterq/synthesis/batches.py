@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from inc_clusterq.progress import Stage
+from inc_clusterq.resuming import State
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
-from inc_clusterq.synthesis.draft import Draft, State
+from inc_clusterq.synthesis.draft import Draft
 from inc_clusterq.synthesis.objective import draw_diversity
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.statistics import Moments

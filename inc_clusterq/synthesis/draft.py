@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-Shard = tuple[Tensor, Tensor]  # inputs (n, *shape), labels (n,)
-State = Mapping[str, Tensor]
+from inc_clusterq.resuming import SAVE_SECONDS, State
 
-SAVE_SECONDS = 20.0  # between two states of a long stage: what a killed process loses at most of it
+Shard = tuple[Tensor, Tensor]  # inputs (n, *shape), labels (n,)
 
 
 class Draft:

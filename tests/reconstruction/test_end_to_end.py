@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.progress import SILENT, Progress, Stage
+from inc_clusterq.reconstruction import end_to_end
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
@@ -26,17 +27,24 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-class KilledAtTheEnd:
-    """A progress that dies in the middle of the pass end to end."""
+class Told:
+    """A progress that keeps what the pass end to end tells, and may die in the middle of it."""
+
+    def __init__(self, *, dies: bool) -> None:
+        self.dies, self.steps, self.found = dies, 0, 0
+        self.pass_steps: int | None = None
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Stage]:
-        self.left = total // 2 if "end to end" in title else total
+        self.pass_steps = total if "end to end" in title else None
         yield self
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self.left -= steps
-        if self.left < 0:
+        if self.pass_steps is None:
+            return
+        self.steps += steps
+        self.found += steps if note == "from disk" else 0
+        if self.dies and self.steps > self.pass_steps // 2:
             raise Killed
 
 
@@ -120,20 +128,45 @@ def test_a_network_that_is_far_off_by_default_takes_as_many_steps_as_a_unit(
     assert last.steps == quick().iterations
 
 
+@pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("name", ["residual", "concat", "tied", "transposed"])
-def test_killed_on_the_way_it_ends_bit_identical(run: Run, quick: Quick, tmp_path: Path, name: str) -> None:
+def test_killed_on_the_way_it_goes_on_there_and_ends_bit_identical(
+    run: Run, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saved: bool
+) -> None:
+    monkeypatch.setattr(end_to_end, "SAVE_SECONDS", 0 if saved else 1e9)
     settings = quick(granularity="layer", end_to_end_iterations=40)
     whole, _, outputs = run(name, settings)
     with pytest.raises(Killed):
-        run(name, settings, tmp_path, KilledAtTheEnd())
+        run(name, settings, tmp_path, Told(dies=True))
     for resumed in (False, True):
-        report, _, found = run(name, settings, tmp_path)
+        told = Told(dies=False)
+        report, _, found = run(name, settings, tmp_path, told)
+        assert (told.steps, told.found) == (40, 40 if resumed else 21 if saved else 0)
+        assert not list(tmp_path.glob("*unfinished*"))
         assert all(unit.resumed for unit in report.units)
         assert report.end_to_end is not None
         assert whole.end_to_end is not None
         assert report.end_to_end.resumed == resumed
         assert report.end_to_end.relative_loss == whole.end_to_end.relative_loss
         assert torch.equal(found, outputs)
+
+
+def test_a_damaged_state_of_it_is_named_and_it_begins_anew(
+    run: Run, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(end_to_end, "SAVE_SECONDS", 0)
+    settings = quick(end_to_end_iterations=40)
+    with pytest.raises(Killed):
+        run("chain", settings, tmp_path, Told(dies=True))
+    (file,) = tmp_path.glob("*unfinished*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    told = Told(dies=False)
+    _, _, outputs = run("chain", settings, tmp_path, told)
+    assert told.found == 0
+    assert f"{file} cannot be used (its checksum is wrong); the unit is begun anew" in caplog.text
+    assert torch.equal(outputs, run("chain", settings)[2])
 
 
 def test_other_steps_of_it_need_no_unit_anew(run: Run, quick: Quick, tmp_path: Path) -> None:
