@@ -25,6 +25,18 @@ def cell(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def unfinished(record: dict[str, Any]) -> list[str]:
+    """Paths to figures that not every seed has; those that no seed has were not measured."""
+    seeds = len(record["seeds"])
+
+    def below(value: Any, path: tuple[str, ...]) -> list[str]:
+        if isinstance(value, dict):
+            return [found for key, inner in value.items() if key != "seeds" for found in below(inner, (*path, str(key)))]
+        return [" / ".join(path)] if isinstance(value, list) and len(value) not in (0, seeds) else []
+
+    return below(record, ())
+
+
 def conditions(record: dict[str, Any]) -> list[str]:
     """What the figures of a record depend on, and the call that repeats them."""
     seeds = ", ".join(map(str, record["seeds"]))

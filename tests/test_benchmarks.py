@@ -182,6 +182,20 @@ def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path
     assert not [line for line in lines if line.startswith("| net | latent+alignment")]
 
 
+def test_a_record_that_was_cut_off_has_figures_that_not_every_seed_has(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    page = importlib.import_module("page")
+    entry: dict[str, Any] = {
+        "seconds": [1.0, 2.0],
+        "quality": [{"diversity": 4.0}, {"diversity": 5.0}],
+        "top1": {"W4A4": [89.0, 90.0], "W2A4": []},
+    }
+    whole = {"seeds": [0, 1], "environment": {"torch": "2"}, "synthesis": {"net": {"float": 91.5, "noise": entry}}}
+    assert page.unfinished(whole) == []
+    entry["top1"]["W2A4"].append(80.0)
+    assert page.unfinished(whole) == ["synthesis / net / noise / top1 / W2A4"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [

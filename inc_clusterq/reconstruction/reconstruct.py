@@ -102,7 +102,7 @@ def reconstruct(
     if len(inputs) == 0:
         raise ValueError("reconstruction needs calibration images; none were given")
     views = count_views(inputs, settings)
-    inputs = with_views(inputs, views, torch.Generator().manual_seed(seed))
+    inputs = with_views(inputs, views, torch.Generator().manual_seed(seed), mirror=settings.mirror)
     initialise_activations(quantized, inputs, FORWARD_BATCH)
     start = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
     loop = _Loop(quantized, inputs, views, settings, seed, store, progress)

@@ -123,9 +123,14 @@ class ReconstructionSettings(BaseModel):
         ge=1,
         le=16,
         description="Views of each calibration image that units learn from, itself included: shifted by up to a tenth of a "
-        "side, every other one mirrored where there are three channels. Inputs of less than "
+        "side, every other one mirrored (`mirror`). Inputs of less than "
         f"{SMALLEST_VIEWED} pixels, and those that are no images, have one. Empty: 1 from {LARGE} pixels on, below that as "
         f"many as make {ENOUGH_IMAGES} images of them, at most {MOST_VIEWS}. By trial.",
+    )
+    mirror: bool = Field(
+        True,
+        description="Mirror every other view left to right where there are three channels. `false` for content that has a "
+        "reading direction, such as digits or signs.",
     )
     validation_share: float = Field(
         0.125,

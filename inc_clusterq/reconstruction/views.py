@@ -29,19 +29,19 @@ def count_views(images: Tensor, settings: ReconstructionSettings) -> int:
     return 1 if is_large(images.shape[1:]) else min(MOST_VIEWS, max(1, ENOUGH_IMAGES // len(images)))
 
 
-def with_views(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def with_views(images: Tensor, count: int, generator: torch.Generator, *, mirror: bool = True) -> Tensor:
     """The images (N, C, H, W) and `count` - 1 views of each, as (count * N, C, H, W): view v of image i is number v * N + i.
 
     With `count` 1 the images themselves, whatever their shape.
 
-    Odd views of pictures are mirrored left to right; all but the images themselves are shifted by up to a tenth of each side,
-    and what comes in at the border is reflected.
+    With `mirror` odd views of pictures are mirrored left to right; all but the images themselves are shifted by up to a tenth
+    of each side, and what comes in at the border is reflected.
     """
     if count == 1:
         return images
     views = [images]
     for number in range(1, count):
-        mirrored = number % 2 == 1 and images.shape[1] == PICTURE_CHANNELS
+        mirrored = mirror and number % 2 == 1 and images.shape[1] == PICTURE_CHANNELS
         views.append(_shifted(images.flip(3) if mirrored else images, generator))
     return torch.cat(views)
 

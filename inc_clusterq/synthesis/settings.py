@@ -129,7 +129,8 @@ class ClusterQSettings(BaseModel):
     augmentation: Augmentation = Field(
         default="shift_flip",
         description="What is done at random to images (C, H, W) on their way to the model: shifts by up to an eighth, "
-        "left-right flips. `shift` for content that has a reading direction, such as digits. Released code: crops and flips.",
+        "left-right flips. `shift` for content that has a reading direction, such as digits, and `mirror: false` for its "
+        "reconstruction. Released code: crops and flips.",
     )
 
     refine_iterations: int = Field(

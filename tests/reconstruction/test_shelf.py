@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from inc_clusterq.errors import OutputError
 from inc_clusterq.reconstruction.shelf import AT_ONCE, Shelf
 
 
@@ -38,3 +41,14 @@ def test_a_mapped_tensor_holds_what_is_written_and_leaves_no_file(tmp_path: Path
     assert torch.equal(mapped, values)
     assert torch.equal(mapped[torch.tensor([6, 0, 6])], values[[6, 0, 6]])
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, offset: int, size: int) -> None:
+        assert (offset, size) == (0, 4 * 105)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"No space left on device; choose a workspace .*memory_budget"):
+        Shelf(0, tmp_path).empty((7, 3, 5), torch.zeros(1))
+    assert list(tmp_path.iterdir()) == []

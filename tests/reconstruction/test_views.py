@@ -71,9 +71,11 @@ def test_every_view_shows_its_image_at_most_a_tenth_aside_and_odd_ones_are_mirro
     assert len(shifts) > 5
 
 
-def test_what_has_one_channel_is_not_mirrored() -> None:
-    images = torch.randn(2, 1, 30, 30, generator=seeded())
-    assert all(places(view, image, 3) for view, image in zip(with_views(images, 2, seeded())[2:], images, strict=True))
+@pytest.mark.parametrize(("channels", "mirror"), [(1, True), (3, False)])
+def test_what_has_one_channel_or_a_reading_direction_is_not_mirrored(channels: int, mirror: bool) -> None:
+    images = torch.randn(2, channels, 30, 30, generator=seeded())
+    views = with_views(images, 2, seeded(), mirror=mirror)[2:]
+    assert all(places(view, image, 3) for view, image in zip(views, images, strict=True))
 
 
 def test_what_comes_in_at_the_border_is_reflected_from_inside() -> None:
@@ -96,19 +98,20 @@ def test_all_views_of_an_image_are_learned_from_or_judge() -> None:
     assert not {number % 16 for number in learned_from.tolist()} & {number % 16 for number in judged_by.tolist()}
 
 
-def test_a_reconstruction_with_views_sees_the_images_and_their_views(network: Network, prepare: Prepare) -> None:
+@pytest.mark.parametrize("mirror", [True, False])
+def test_a_reconstruction_with_views_sees_the_images_and_their_views(network: Network, prepare: Prepare, mirror: bool) -> None:
     module, _ = network("residual")
     images = torch.randn(6, 3, 24, 24, generator=seeded())
     prepared = prepare(module, images)
 
     def rounded(inputs: Tensor, views: int) -> tuple[dict[str, Tensor], list[float]]:
-        settings = ReconstructionSettings(iterations=0, granularity="block", views=views)
+        settings = ReconstructionSettings(iterations=0, granularity="block", views=views, mirror=mirror)
         graph = install_quantizers(deepcopy(prepared), BitPlan(3, 3), settings)
         report = reconstruct(graph, inputs, settings, seed=5, store=UnitStore(None))
         return graph.graph_module.state_dict(), [unit.loss for unit in report.units]
 
     state, losses = rounded(images, views=3)
-    expected, expected_losses = rounded(with_views(images, 3, seeded(5)), views=1)
+    expected, expected_losses = rounded(with_views(images, 3, seeded(5), mirror=mirror), views=1)
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     assert losses == expected_losses
     assert losses != rounded(images, views=1)[1]
