@@ -58,7 +58,7 @@ class UnitReport:
     layers: tuple[str, ...]
     lowest_bits: int  # of its weights and activations
     capacity: float  # ModCap
-    loss: float  # reconstruction loss after hard rounding, over all calibration images with their views
+    loss: float  # after hard rounding and before the pass end to end, over all calibration images with their views
     relative_loss: float  # the same, in units of the targets' own power
     seconds: float
     resumed: bool  # taken from disk

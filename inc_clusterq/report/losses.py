@@ -7,7 +7,9 @@ from inc_clusterq.report.figures import by_depth
 
 
 def loss_figure(reconstruction: Reconstruction) -> bytes:
-    """PNG of each unit's loss relative to its output's power: after the base pass, where there was one, and at the end.
+    """PNG of each unit's loss relative to its output's power: after the base pass, where there was one, and after the last.
+
+    The pass end to end comes behind both, and is not in it.
 
     Both passes stand over the same layers, so that it shows which units were joined and what that did to the losses.
     """
