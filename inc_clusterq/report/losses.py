@@ -9,9 +9,8 @@ from inc_clusterq.report.figures import by_depth
 def loss_figure(reconstruction: Reconstruction) -> bytes:
     """PNG of each unit's loss relative to its output's power: after the base pass, where there was one, and after the last.
 
-    The pass end to end comes behind both, and is not in it.
-
-    Both passes stand over the same layers, so that it shows which units were joined and what that did to the losses.
+    Both passes stand over the same layers, so that it shows which units were joined and what that did to the losses. What is
+    learned end to end behind them is not in it.
     """
     passes = {"base units": reconstruction.base} if reconstruction.base else {}
     passes[f"units of granularity {reconstruction.granularity}"] = reconstruction.units
