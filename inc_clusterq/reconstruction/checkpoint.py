@@ -94,7 +94,7 @@ class Chain:
         return True
 
     def keep(self, module: nn.Module) -> None:
-        """Write the unit's quantizers; the file appears when it is whole."""
+        """Write the unit's quantizers; the file appears when it is whole, and `keep_state`'s goes."""
         if self.folder is None:
             return
         state: dict[str, Tensor] = {}
@@ -110,6 +110,7 @@ class Chain:
                 state[f"{name}.scale"] = torch.tensor(scale)
                 state[f"{name}.zero_point"] = torch.tensor(zero_point)
         _write(self._file, state)
+        self._unfinished.unlink(missing_ok=True)
 
     def found_state(self) -> State | None:
         """What `keep_state` has kept last of a unit on its way, on the CPU; None where nothing whole is."""
@@ -125,11 +126,6 @@ class Chain:
         """Write from where a unit on its way goes on, in place of what was kept before."""
         if self.folder is not None:
             _write(self._unfinished, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-
-    def drop_state(self) -> None:
-        """Forget it: the unit is done."""
-        if self.folder is not None:
-            self._unfinished.unlink(missing_ok=True)
 
     @property
     def _file(self) -> Path:

@@ -219,7 +219,6 @@ class _Loop:
             else:
                 after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, chain, stage)
                 chain.keep(module)
-                chain.drop_state()
         logger.info("end to end: loss %.4g, before %.4g", after, before)
         return EndToEnd(before / power, after / power, steps, time.perf_counter() - began, resumed)
 
