@@ -21,9 +21,6 @@ import torch
 from rich.console import Console
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.synthesis.clusterq import synthesise
-from inc_clusterq.synthesis.settings import ClusterQSettings
-from inc_clusterq.synthesis.store import cached_dataset
 
 NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False, "views": 1}
 COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
@@ -60,7 +57,7 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
     seconds: list[float] = []
     for seed in options.seeds:
         began = time.perf_counter()
-        synthetic = _synthetic(subject, options, seed)
+        synthetic = common.synthetic(subject, options, seed)
         seconds.append(time.perf_counter() - began)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(synthetic.shape, generator=generator)
@@ -88,14 +85,6 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
         "top1": top1,
         **({} if options.workspace else {"synthesis_seconds": seconds}),  # a set that was found took none
     }
-
-
-def _synthetic(subject: common.Subject, options: common.Options, seed: int) -> torch.Tensor:
-    model, settings = subject.model, ClusterQSettings.model_validate(ClusterQSettings.PRESETS[options.preset])
-    wanted: dict[str, Any] = {"num_classes": model.num_classes, "samples": common.IMAGES, "seed": seed}
-    if options.workspace is None:
-        return synthesise(model.module, model.input, settings, **wanted)[0]
-    return cached_dataset(options.workspace, model.module, model.fingerprint, model.input, settings, **wanted).inputs
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits, fingerprint
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.synthesis.clusterq import synthesise
+from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.store import cached_dataset
 from inc_clusterq.tuning import Trial, TuningOutcome, TuningRequest
 
 TRAINING_IMAGES = {"cifar": "train_first2048", "imagenet": "train500"}
@@ -55,6 +58,8 @@ class Options:
     compared: tuple[str, ...] = ()  # sources of the calibration images, or methods, where a script compares such
     word: str = ""  # for one of them
     workspace: Path | None = None  # where synthetic sets are kept
+    continued: bool = False  # keep what the record has
+    synthetic: bool = False  # calibrate methods with no real image
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,13 @@ class Subject:
     training: Tensor | None  # None: the folder has no training images for this network
     test_inputs: Tensor
     test_labels: Tensor
-    splits: str
+    training_split: str  # what is taken from where, in words
+    test_split: str
+
+    @property
+    def splits(self) -> str:
+        """Which images are used for what, where real ones calibrate."""
+        return f"{self.training_split}, {self.test_split}" if self.training is not None else self.test_split
 
 
 def parse(
@@ -76,11 +87,12 @@ def parse(
     compared: str = "",
     word: str = "",
     known: Sequence[str] = (),
+    synthetic: str = "",
 ) -> Options:
     """Read the command line; exits with status 2 and a sentence where it is wrong.
 
     A script that compares sources of images, or methods, names the default ones in `compared`, what one is called in `word`
-    and all of them in `known`.
+    and all of them in `known`. One that takes synthetic images in place of real ones on demand says so in `synthetic`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("INCQ_DATA"), help="data folder (or INCQ_DATA)")
@@ -94,6 +106,14 @@ def parse(
     if compared:
         parser.add_argument(f"--{word}s", default=compared, help=f"of {', '.join(known)} (default {compared})")
         parser.add_argument("--images", type=int, default=IMAGES, help=f"calibration images (default {IMAGES})")
+        parser.add_argument(
+            "--continue",
+            dest="continued",
+            action="store_true",
+            help="measure what the file of --json lacks; it must be of this version, which nothing checks",
+        )
+    if synthetic:
+        parser.add_argument("--synthetic", action="store_true", help=synthetic)
     given = parser.parse_args()
     if given.data is None or not (Path(given.data) / "load.py").is_file():
         parser.error(f"--data must name a folder that holds load.py; it is {given.data}")
@@ -108,9 +128,21 @@ def parse(
     images = given.images if compared else IMAGES
     if images < 1:
         parser.error(f"--images is {images}; it must be at least 1")
-    nets_given = tuple(given.nets.split(","))
-    common = (Path(given.data), nets_given, pairs, numbers, given.limit, given.preset, given.json)
-    return Options(*common, images, chosen, word, given.workspace)
+    return Options(
+        data=Path(given.data),
+        nets=tuple(given.nets.split(",")),
+        widths=pairs,
+        seeds=numbers,
+        limit=given.limit,
+        preset=given.preset,
+        json=given.json,
+        images=images,
+        compared=chosen,
+        word=word,
+        workspace=given.workspace,
+        continued=bool(compared) and given.continued,
+        synthetic=bool(synthetic) and given.synthetic,
+    )
 
 
 def _is_width(text: str) -> bool:
@@ -137,11 +169,12 @@ def subject(options: Options, net: str) -> Subject:
     module = module.float().eval().requires_grad_(False)
     model = FloatModel(net, module, spec, check_logits(module, spec), fingerprint(module))
     if kind == "kws":
-        splits = f"scored on {len(labels)} keyword recordings; there are no training recordings"
+        training_split, test_split = "", f"scored on {len(labels)} keyword recordings; there are no training recordings"
     else:
-        splits = f"real calibration images from {TRAINING_IMAGES[kind]}, scored on {len(labels)} images of {TEST_IMAGES[kind]}"
+        training_split = f"real calibration images from {TRAINING_IMAGES[kind]}"
+        test_split = f"scored on {len(labels)} images of {TEST_IMAGES[kind]}"
     real = None if training is None else normalise(training.float())
-    return Subject(model, real, normalise(test.float()), labels, splits)
+    return Subject(model, real, normalise(test.float()), labels, training_split, test_split)
 
 
 def input_spec(normalise: Callable[[Tensor], Tensor], like: Tensor, *, is_image: bool) -> InputSpec:
@@ -165,6 +198,15 @@ def top1(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 50) -> f
     with torch.no_grad():
         pairs = zip(inputs.split(batch), labels.split(batch), strict=True)
         return 100 * sum(int((deployed(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels)
+
+
+def synthetic(subject: Subject, options: Options, seed: int) -> Tensor:
+    """The default synthesis at the preset's effort; with a workspace, a set that lies there is taken from it."""
+    model, settings = subject.model, ClusterQSettings.model_validate(ClusterQSettings.PRESETS[options.preset])
+    wanted: dict[str, Any] = {"num_classes": model.num_classes, "samples": options.images, "seed": seed}
+    if options.workspace is None:
+        return synthesise(model.module, model.input, settings, **wanted)[0]
+    return cached_dataset(options.workspace, model.module, model.fingerprint, model.input, settings, **wanted).inputs
 
 
 def reconstructed(
@@ -223,6 +265,7 @@ def command(options: Options) -> str:
         f"--seeds {','.join(map(str, options.seeds))} --preset {options.preset}",
         f"--limit {options.limit}" if options.limit else "",
         f"--{options.word}s {shlex.quote(','.join(options.compared))} --images {options.images}" if options.compared else "",
+        "--synthetic" if options.synthetic else "",
         f"--json {options.json}" if options.json else "",
     ]
     return " ".join(word for word in words if word)
@@ -249,7 +292,8 @@ def write_json(options: Options, figures: dict[str, Any]) -> None:
     """All single figures with what they depend on."""
     if options.json is None:
         return
-    record(options.json, command(options), {"preset": options.preset, "seeds": options.seeds, **figures})
+    limit = {"limit": options.limit} if options.limit else {}
+    record(options.json, command(options), {"preset": options.preset, "seeds": options.seeds, **limit, **figures})
 
 
 def record(file: Path, command: str, figures: dict[str, Any]) -> None:

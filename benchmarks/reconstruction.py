@@ -1,4 +1,7 @@
-"""Reconstruction methods side by side on real training images: same images, same steps per unit, one loop with other settings.
+"""Reconstruction methods side by side: same images, same steps per unit, one loop with other settings.
+
+The images are real training images, so that their source does not blur the comparison; with --synthetic those of the default
+synthesis, without any data.
 
 Methods:
   nearest          rounding to nearest, ranges by Lp search
@@ -26,12 +29,14 @@ with model, torch, host and test images. Test images give the accuracy and nothi
 from __future__ import annotations
 
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import common
 import torch
+from continuing import Earlier
 from rich.console import Console
+from torch import Tensor, nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
@@ -71,14 +76,22 @@ MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds", "peak_mb")
 def main() -> None:
     """Run every network, width, seed and method."""
     options = common.parse(
-        __doc__, "resnet20,mobilenet_v1_025", "W4A4,W2A4", compared=DEFAULT, word="method", known=tuple(METHODS)
+        __doc__,
+        "resnet20,mobilenet_v1_025",
+        "W4A4,W2A4",
+        compared=DEFAULT,
+        word="method",
+        known=tuple(METHODS),
+        synthetic="calibrate with images of the default synthesis",
     )
     console = Console(width=140)
-    common.print_head(f"Reconstruction with {options.images} real training images", options, console)
-    figures: dict[str, Any] = {}
+    kind = "synthetic" if options.synthetic else "real training"
+    common.print_head(f"Reconstruction with {options.images} {kind} images", options, console)
+    earlier, figures = Earlier(options), dict[str, Any]()
     for net in options.nets:
         subject = common.subject(options, net)
-        if subject.training is None or len(subject.training) < options.images:
+        training = None if options.synthetic else subject.training
+        if not options.synthetic and (training is None or len(training) < options.images):
             console.print(f"{net}: there are not {options.images} training images for it; left out", highlight=False)
             continue
         exported = NeuralCompressorAdaptor().export(subject.model)
@@ -87,30 +100,47 @@ def main() -> None:
             width: {method: {measure: [] for measure in MEASURES} for method in options.compared} for width in widths
         }
         plain = common.top1(subject.model.module, subject.test_inputs, subject.test_labels)
-        figures[net] = {"float": plain, "splits": subject.splits, "widths": found}
-        for seed in options.seeds:
-            generator = torch.Generator().manual_seed(seed)
-            images = subject.training[torch.randperm(len(subject.training), generator=generator)[: options.images]]
-            for width in widths:
-                for method in options.compared:
-                    settings = _settings(options.preset, METHODS[method])
-                    common.forget_peak()
-                    began = time.perf_counter()
-                    outcome = common.one_trial(exported, images, int(width[1]), int(width[3]), settings, seed)
-                    seconds, peak = time.perf_counter() - began, common.memory_mb("VmHWM")
-                    accuracy = common.top1(outcome.model, subject.test_inputs, subject.test_labels)
-                    values = (accuracy, *oscillation(outcome.reconstruction), seconds, peak)
-                    for measure, value in zip(MEASURES, values, strict=True):
-                        found[width][method][measure].append(value)
-                    line = ", ".join(f"{measure} {value:.4g}" for measure, value in zip(MEASURES, values, strict=True))
-                    console.print(f"  {net} seed {seed} {width} {method}: {line}", highlight=False)
-                    common.write_json(options, {"images": options.images, "nets": figures})
+        splits = f"synthetic calibration images, {subject.test_split}" if options.synthetic else subject.splits
+        figures[net] = {"float": plain, "splits": splits, "widths": found}
+        for width, method in product(widths, options.compared):
+            earlier.fill(found[width][method], "nets", net, "widths", width, method)
+        for position, seed in enumerate(options.seeds):
+            images = _images(training, subject, options, seed)
+            for width, method in product(widths, options.compared):
+                if len(found[width][method]["top1"]) > position:
+                    continue
+                settings = _settings(options.preset, METHODS[method])
+                values = _measured(exported, images, width, settings, seed, subject)
+                for measure, value in values.items():
+                    found[width][method][measure].append(value)
+                line = ", ".join(f"{measure} {value:.4g}" for measure, value in values.items())
+                console.print(f"  {net} seed {seed} {width} {method}: {line}", highlight=False)
+                common.write_json(options, {"images": options.images, "nets": figures})
         rows = [
             [width, method, *[common.mean_and_spread(values[measure]) for measure in MEASURES]]
             for width, methods in found.items()
             for method, values in methods.items()
         ]
         common.print_table(f"{net}, float {plain:.2f}", ("width", "method", *MEASURES), rows, console)
+
+
+def _images(training: Tensor | None, subject: common.Subject, options: common.Options, seed: int) -> Tensor:
+    """Drawn from the training images; synthetic ones where there are none."""
+    if training is None:
+        return common.synthetic(subject, options, seed)
+    return training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[: options.images]]
+
+
+def _measured(
+    exported: nn.Module, images: Tensor, width: str, settings: ReconstructionSettings, seed: int, subject: common.Subject
+) -> dict[str, float]:
+    """One run: every one of MEASURES."""
+    common.forget_peak()
+    began = time.perf_counter()
+    outcome = common.one_trial(exported, images, int(width[1]), int(width[3]), settings, seed)
+    seconds, peak = time.perf_counter() - began, common.memory_mb("VmHWM")
+    accuracy = common.top1(outcome.model, subject.test_inputs, subject.test_labels)
+    return dict(zip(MEASURES, (accuracy, *oscillation(outcome.reconstruction), seconds, peak), strict=True))
 
 
 def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:

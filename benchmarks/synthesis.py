@@ -31,6 +31,7 @@ from typing import Any
 
 import common
 import torch
+from continuing import Earlier
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -67,6 +68,7 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
 """What each source changes of the preset."""
 
 DEFAULT = "noise,statistics,clusterq,latent,latent+alignment,real"
+HOST = "INC W8A8"
 COSTS = ("seconds", "peak_mb", "start_mb")
 MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "diversity")
 
@@ -89,11 +91,11 @@ def main() -> None:
     )
     console = Console(width=140)
     common.print_head(f"Sources of {options.images} calibration images", options, console)
-    figures: dict[str, Any] = {}
+    earlier, figures = Earlier(options), dict[str, Any]()
     for net in options.nets:
         subject = common.subject(options, net)
         console.print(f"{net}: {subject.splits}", highlight=False)
-        for found in _measured(net, subject, options, console):
+        for found in _measured(net, subject, options, earlier, console):
             figures[net] = found
             common.write_json(options, {"images": options.images, "synthesis": figures})
         columns = [*next(iter(found["sources"].values()))["top1"], "seconds", "peak MB"]
@@ -106,40 +108,51 @@ def _cells(found: dict[str, Any]) -> list[str]:
     return [common.mean_and_spread(values) if values else "-" for values in [*found["top1"].values(), *costs]]
 
 
-def _measured(net: str, subject: common.Subject, options: common.Options, console: Console) -> Iterator[dict[str, Any]]:
+def _measured(
+    net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console
+) -> Iterator[dict[str, Any]]:
     """The figures of a network as they grow, after every set."""
-    adaptor = NeuralCompressorAdaptor()
-    exported = adaptor.export(subject.model)
-
-    def score(model: torch.nn.Module) -> float:
-        return common.top1(model, subject.test_inputs, subject.test_labels)
-
-    widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
+    exported = NeuralCompressorAdaptor().export(subject.model)
     real = 0 if subject.training is None else len(subject.training)
     sources = [source for source in options.compared if source != "real" or real >= options.images]
     if sources != list(options.compared):
         console.print(f"  real is left out: {real} training images for {options.images}", highlight=False)
+    columns = (HOST, *(f"W{weight}A{activation}" for weight, activation in options.widths))
     found: dict[str, dict[str, Any]] = {
-        source: {"top1": {column: [] for column in ("INC W8A8", *widths)}} | {key: [] for key in (*COSTS, "quality")}
-        for source in sources
+        source: {"top1": {column: [] for column in columns}} | {key: [] for key in (*COSTS, "quality")} for source in sources
     }
-    figures = {"float": score(subject.model.module), "splits": subject.splits, "sources": found}
-    for seed in options.seeds:
-        for source in sources:
-            made, entry = _images(source, net, subject, options, seed), found[source]
-            if made.seconds is not None:
-                for cost in COSTS:
-                    entry[cost].append(getattr(made, cost))
-            entry["quality"].append(_quality(subject, made))
-            entry["top1"]["INC W8A8"].append(score(adaptor.quantize_static(exported, made.inputs.split(common.BATCH))))
-            for (weight, activation), width in zip(options.widths, widths, strict=True):
-                entry["top1"][width].append(
-                    score(common.reconstructed(exported, made.inputs, weight, activation, seed, options, views=1))
-                )
-            last = {column: round(values[-1], 2) for column, values in entry["top1"].items()}
-            spent = f"{made.seconds:.0f} s, {made.peak_mb:.0f} MB" if made.seconds is not None else "-"
-            console.print(f"  seed {seed} {source}: {last}; synthesis {spent}", highlight=False)
+    plain = common.top1(subject.model.module, subject.test_inputs, subject.test_labels)
+    figures = {"float": plain, "splits": subject.splits, "sources": found}
+    for source, entry in found.items():
+        earlier.fill(entry, "synthesis", net, "sources", source)
+    for position, seed in enumerate(options.seeds):
+        for source, entry in found.items():
+            top1 = entry["top1"]
+            lacking = [column for column in columns if len(top1[column]) == position]
+            if lacking:
+                made = _images(source, net, subject, options, seed)
+                for column in lacking:
+                    top1[column].append(_top1(column, subject, exported, made.inputs, seed, options))
+                if len(entry["quality"]) == position:
+                    entry["quality"].append(_quality(subject, made))
+                    for cost in COSTS if made.seconds is not None else ():
+                        entry[cost].append(getattr(made, cost))
+                last = {column: round(values[position], 2) for column, values in top1.items()}
+                spent = f"{made.seconds:.0f} s, {made.peak_mb:.0f} MB" if made.seconds is not None else "-"
+                console.print(f"  seed {seed} {source}: {last}; synthesis {spent}", highlight=False)
             yield figures
+
+
+def _top1(
+    column: str, subject: common.Subject, exported: torch.nn.Module, images: Tensor, seed: int, options: common.Options
+) -> float:
+    """What calibration with these images leads to: in the host's own W8A8, or in ours at a width."""
+    if column == HOST:
+        model = NeuralCompressorAdaptor().quantize_static(exported, images.split(common.BATCH))
+    else:
+        weight, activation = int(column[1]), int(column[3])
+        model = common.reconstructed(exported, images, weight, activation, seed, options, views=1)
+    return common.top1(model, subject.test_inputs, subject.test_labels)
 
 
 def _images(source: str, net: str, subject: common.Subject, options: common.Options, seed: int) -> Made:

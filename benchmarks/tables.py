@@ -117,7 +117,8 @@ def _methods(record: dict[str, Any]) -> str:
     lines = []
     for net, found in record["nets"].items():
         widths, seeds = ", ".join(found["widths"]), "seeds " + ", ".join(map(str, record["seeds"]))
-        lines += [f"## {net}, {record['images']} images, {widths}, {seeds}", "", f"Float {found['float']:.2f}.", ""]
+        images = f"{record['images']} synthetic images" if "--synthetic" in record["command"] else f"{record['images']} images"
+        lines += [f"## {net}, {images}, {widths}, {seeds}", "", f"Float {found['float']:.2f}.", ""]
         lines += [row(["width", "method", *measures]), row(["---"] * (len(measures) + 2))]
         for width, methods in found["widths"].items():
             for method, values in methods.items():

@@ -107,6 +107,29 @@ def test_the_reconstruction_benchmark_measures_every_method(root: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_a_continued_record_keeps_what_it_has_and_measures_the_rest(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text(LOAD)
+    figures = tmp_path / "figures.json"
+    options = ("--nets", "mine", "--widths", "W4A4", "--preset", "fast", "--json", str(figures), "--images", "20")
+
+    def measured(seeds: str, methods: str, *more: str) -> dict[str, dict[str, list[float]]]:
+        asked = ("--data", str(tmp_path), *options, "--synthetic", "--seeds", seeds, "--methods", methods)
+        done = run(root, "reconstruction.py", *asked, *more)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, dict[str, list[float]]] = json.loads(figures.read_text())["nets"]["mine"]["widths"]["W4A4"]
+        return found
+
+    first = measured("0", "nearest")
+    both = measured("0,1", "nearest,BRECQ", "--continue")
+    assert both["nearest"]["seconds"][0] == first["nearest"]["seconds"][0]  # a second run would take another time
+    assert [len(values["top1"]) for values in both.values()] == [2, 2]
+    assert "--seeds 0,1" in json.loads(figures.read_text())["command"]
+    refused = run(root, "reconstruction.py", "--data", str(tmp_path), *options, "--limit", "30", "--continue")
+    assert "can't be continued: its limit is None, and now it is 30" in refused.stderr
+    assert refused.returncode == 1
+
+
+@pytest.mark.slow
 def test_the_accuracy_benchmark_measures_other_networks_through_the_interface_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(LOAD)
     figures = tmp_path / "figures.json"
