@@ -17,6 +17,7 @@ Methods:
   ours fixed       ours with the weights' step sizes as they are at the start
   ours end to end  ours, and behind it the pass end to end where the outputs are far off
   ours views       the same with views of small images, shifted and mirrored: the defaults
+  QDrop twice      QDrop with twice the preset's steps, which take about the time of the defaults
   QDrop 20000      QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
@@ -60,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
     "ours end to end": {"granularity": "modcap", "end_to_end_iterations": None},
     "ours views": {"granularity": "modcap", "end_to_end_iterations": None, "views": None},
+    "QDrop twice": {**LEARNED["QDrop"], "iterations_times": 2},
     "QDrop 20000": {
         **LEARNED["QDrop"],
         "iterations": 20_000,
@@ -155,8 +157,10 @@ def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:
 
 def _settings(preset: str, keys: dict[str, Any]) -> ReconstructionSettings:
     """Of a method, which sees every image as it is and ends with its last unit unless its keys say otherwise."""
-    common_keys = {"views": 1, "end_to_end_iterations": 0}
-    return ReconstructionSettings.model_validate({**ReconstructionSettings.PRESETS[preset], **common_keys, **keys})
+    effort = ReconstructionSettings.PRESETS[preset]
+    steps = {"iterations": effort["iterations"] * keys.get("iterations_times", 1)}
+    own = {key: value for key, value in keys.items() if key != "iterations_times"}
+    return ReconstructionSettings.model_validate({**effort, **steps, "views": 1, "end_to_end_iterations": 0, **own})
 
 
 if __name__ == "__main__":
