@@ -28,10 +28,12 @@ from inc_clusterq.reconstruction.learning import (
     harden,
     images_per_step,
     loss_as_deployed,
+    outputs_in_float,
     reconstruction_loss,
     step_optimiser,
     taken,
 )
+from inc_clusterq.reconstruction.mixing import Mixture, learns_from_mixtures
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.resuming import SAVE_SECONDS, State, adam_state, below, restore_adam
@@ -88,14 +90,19 @@ def _descend(
         told = done = _restore(state, parts, optimiser, schedule, generator)
         stage.advance(done, "from disk")
     saved = time.monotonic()
+    mixed = learns_from_mixtures(inputs, settings)
     look_every = max(1, steps // CHECKS)
     together = images_per_step(inputs[0], settings)  # as many at once as in a unit of large maps: that bounds the memory
     for step in range(done, steps):
         drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
+        images, wanted = taken(inputs, drawn), taken(targets, drawn)
+        if mixed:
+            images = Mixture.draw(BATCH, generator).of(images)
+            wanted = torch.cat([outputs_in_float(module, some) for some in images.split(together)])
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
-        for chosen in drawn.split(together):
-            loss = reconstruction_loss(module(taken(inputs, chosen)), taken(targets, chosen)) * (len(chosen) / BATCH)
+        for x, y in zip(images.split(together), wanted.split(together), strict=True):
+            loss = reconstruction_loss(module(x), y) * (len(x) / BATCH)
             loss.backward()
             total += float(loss.detach())
         optimiser.step()

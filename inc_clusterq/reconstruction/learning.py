@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.mixing import Mixture
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser, soft_rounding
 from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
@@ -41,6 +42,7 @@ class Flow:
     weights: Tensor | None  # of the loss, shape of the targets; None: 1
     learned_from: Tensor  # numbers of the images
     judged_by: Tensor  # the same
+    mixed: bool = False  # learn from mixtures; images are judged by as they are
 
     @property
     def keeps_back(self) -> bool:
@@ -186,8 +188,8 @@ def _descend(
     for step in range(steps):
         drawn = torch.randint(images, (batch,), generator=generator, device=generator.device)
         chosen = flow.learned_from[drawn]
-        x, y = _mixed(flow, chosen, settings.drop_probability, generator), taken(flow.targets, chosen)
-        loss = reconstruction_loss(module(x), y, _weights(flow.weights, chosen))
+        x, y, importance = step_samples(module, flow, chosen, settings.drop_probability, generator)
+        loss = reconstruction_loss(module(x), y, importance)
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
         if beta is not None:
@@ -237,12 +239,28 @@ def undecided(weights: list[WeightQuantizer]) -> float:
     return sum(int(((soft_rounding(weight.v) - 0.5).abs() < 0.45).sum()) for weight in weights) / max(count, 1)
 
 
-def _mixed(flow: Flow, chosen: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """x~: the quantized input with some of its elements as in the float network (QDrop)."""
-    x = taken(flow.quantized_inputs, chosen)
-    if not probability:
-        return x
-    return x.lerp_(taken(flow.float_inputs, chosen), draw_mask(x, probability, generator))
+def step_samples(
+    module: fx.GraphModule, flow: Flow, chosen: Tensor, probability: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a step learns from: x~, the quantized input with some elements as in the float network (QDrop); y; weights."""
+    x, y, weights = taken(flow.quantized_inputs, chosen), taken(flow.targets, chosen), _weights(flow.weights, chosen)
+    exact = taken(flow.float_inputs, chosen) if probability or flow.mixed else x
+    if flow.mixed:
+        mixture = Mixture.draw(len(chosen), generator)
+        x, exact = mixture.of(x), mixture.of(exact)
+        weights = None if weights is None else mixture.of(weights)
+        y = outputs_in_float(module, exact)
+    if probability:
+        x = x.lerp_(exact, draw_mask(x, probability, generator))
+    return x, y, weights
+
+
+@torch.no_grad()
+def outputs_in_float(module: fx.GraphModule, inputs: Tensor) -> Tensor:
+    """What nothing but the float network would give."""
+    with in_mode(module, Mode.FLOAT):
+        outputs: Tensor = module(inputs)
+    return outputs
 
 
 def _weights(weights: Tensor | None, chosen: Tensor) -> Tensor | None:

@@ -32,6 +32,7 @@ from inc_clusterq.reconstruction.learning import (
     optimise,
     reconstruction_loss,
 )
+from inc_clusterq.reconstruction.mixing import learns_from_mixtures
 from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
     in_mode,
@@ -166,6 +167,7 @@ class _Loop:
         settled: set[nn.Module] = set()
         count, share = len(self.inputs) // self.views, self.settings.validation_share
         images = keep_back(count, share, self.seed, self.inputs.device, self.views)
+        mixed = learns_from_mixtures(self.inputs, self.settings)
         with self.progress.stage("Reconstructing", len(units) * self.settings.iterations) as stage:
             for number, unit in enumerate(units, 1):
                 began = time.perf_counter()
@@ -178,7 +180,7 @@ class _Loop:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
                     weights = self._weights(units[number:], targets, chain, shelf)
-                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images)
+                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images, mixed=mixed)
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
                     chain.keep(module)

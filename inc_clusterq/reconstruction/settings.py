@@ -132,6 +132,11 @@ class ReconstructionSettings(BaseModel):
         description="Mirror every other view left to right where there are three channels. `false` for content that has a "
         "reading direction, such as digits or signs.",
     )
+    mixtures: bool | None = Field(
+        None,
+        description="Learn from mixtures of two images each, to which the float network gives the targets, instead of the "
+        f"images. Empty: for images of {LARGE} pixels or more. By trial.",
+    )
     validation_share: float = Field(
         0.125,
         ge=0,

@@ -188,6 +188,16 @@ def test_what_only_chooses_units_changes_no_key(quantized: Quantized, network: N
     assert len({chain.key for chain in chains}) == 1
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_default_that_is_spelt_out_changes_no_key(quantized: Quantized, quick: Quick, mixed: bool) -> None:
+    graph, images = quantized("chain"), torch.zeros(1, 3, 96 if mixed else 32, 96)
+    default, spelt, other = (
+        UnitStore().start(graph, images, settings, 0).key
+        for settings in (quick(), quick(mixtures=mixed), quick(mixtures=not mixed))
+    )
+    assert spelt == default != other
+
+
 def test_the_key_of_a_unit_tells_what_came_before_it(quantized: Quantized, network: Network, quick: Quick) -> None:
     _, inputs = network("chain")
     graph = quantized("chain")

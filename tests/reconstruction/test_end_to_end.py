@@ -12,6 +12,7 @@ from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction import end_to_end
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
+from inc_clusterq.reconstruction.mixing import Mixture
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -86,6 +87,25 @@ def test_the_network_comes_closer_to_the_float_one_while_the_integers_stay(
     assert all(torch.equal(one, other) for one, other in zip(integers(after), integers(unchanged), strict=True))
 
 
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "squeeze_excite"])
+def test_from_mixtures_it_learns_what_the_float_network_gives_for_mixtures(
+    run: Run, network: Network, quick: Quick, name: str
+) -> None:
+    keys = {"iterations": 0, "start": "nearest", "mixtures": True}
+    _, inputs = network(name)
+    mixed = Mixture.draw(len(inputs), torch.Generator().manual_seed(5)).of(inputs)
+
+    @torch.no_grad()
+    def error(graph: QuantizedGraph) -> float:
+        outputs = graph.graph_module(mixed)
+        with in_mode(graph.graph_module, Mode.FLOAT):
+            return float((outputs - graph.graph_module(mixed)).square().sum())
+
+    _, before, _ = run(name, quick(end_to_end_iterations=0, **keys))
+    _, after, _ = run(name, quick(end_to_end_iterations=100, **keys))
+    assert error(after) < error(before)
+
+
 def test_without_learned_weight_steps_the_weights_stay(run: Run, quick: Quick) -> None:
     keys = {"iterations": 0, "start": "nearest", "learn_weight_scale": False}
     _, before, _ = run("chain", quick(end_to_end_iterations=0, **keys))
@@ -129,12 +149,14 @@ def test_a_network_that_is_far_off_by_default_takes_as_many_steps_as_a_unit(
 
 
 @pytest.mark.parametrize("saved", [True, False])
-@pytest.mark.parametrize("name", ["residual", "concat", "tied", "transposed"])
+@pytest.mark.parametrize(
+    ("name", "mixtures"), [("residual", False), ("residual", True), ("concat", False), ("tied", True), ("transposed", False)]
+)
 def test_killed_on_the_way_it_goes_on_there_and_ends_bit_identical(
-    run: Run, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saved: bool
+    run: Run, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mixtures: bool, saved: bool
 ) -> None:
     monkeypatch.setattr(end_to_end, "SAVE_SECONDS", 0 if saved else 1e9)
-    settings = quick(granularity="layer", end_to_end_iterations=40)
+    settings = quick(granularity="layer", end_to_end_iterations=40, mixtures=mixtures)
     whole, _, outputs = run(name, settings)
     with pytest.raises(Killed):
         run(name, settings, tmp_path, Told(dies=True))

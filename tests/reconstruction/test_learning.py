@@ -5,19 +5,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.graph import extract
-from inc_clusterq.reconstruction.learning import Flow, images_per_step, keep_back, optimise, reconstruction_loss
+from inc_clusterq.reconstruction.learning import Flow, images_per_step, keep_back, optimise, reconstruction_loss, step_samples
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 Quantized = Callable[..., QuantizedGraph]
 Quick = Callable[..., ReconstructionSettings]
-Learn = Callable[..., tuple[nn.Module, Flow]]
+Learn = Callable[..., tuple[fx.GraphModule, Flow]]
 
 LOUD = {"iterations": 40, "weight_learning_rate": 1.0, "rounding_weight": 10.0, "warm_up": 0.0, "beta_start": 2.1}
 """Rounding that is decided after a few steps."""
@@ -37,7 +37,8 @@ def learn(quantized: Quantized, network: Network) -> Learn:
         judged_by: Tensor,
         spoilt: int | None = None,
         spoilt_float: int | None = None,
-    ) -> tuple[nn.Module, Flow]:
+        spoilt_targets: Tensor | None = None,
+    ) -> tuple[fx.GraphModule, Flow]:
         _, inputs = network("chain")
         graph = quantized("chain", settings)
         initialise_activations(graph, inputs, 8)
@@ -50,10 +51,19 @@ def learn(quantized: Quantized, network: Network) -> Learn:
             flow.float_inputs[spoilt] = flow.quantized_inputs[spoilt] = flow.targets[spoilt] = torch.nan
         if spoilt_float is not None:
             flow.float_inputs[spoilt_float] = torch.nan
+        if spoilt_targets is not None:
+            flow.targets[spoilt_targets] = torch.nan
+        flow.mixed = bool(settings.mixtures)
         optimise(unit, flow, settings, torch.Generator().manual_seed(0), Nobody(), "unit", set())
         return unit, flow
 
     return make
+
+
+@torch.no_grad()
+def judged(unit: nn.Module, flow: Flow) -> float:
+    with in_mode(unit, Mode.HARD):
+        return float(reconstruction_loss(unit(flow.quantized_inputs[flow.judged_by]), flow.targets[flow.judged_by]))
 
 
 @pytest.mark.parametrize(
@@ -117,16 +127,38 @@ def test_nothing_is_learned_from_the_images_that_judge(learn: Learn, quick: Quic
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_what_a_mixture_should_give_is_what_the_float_unit_gives(learn: Learn, quick: Quick, probability: float) -> None:
+    unit, flow = learn(quick(), torch.arange(24), torch.arange(24))
+    flow.quantized_inputs = flow.float_inputs + 1
+    flow.weights, flow.mixed = flow.targets.clone(), True
+    chosen, again = torch.arange(4, 12), torch.Generator().manual_seed(1)
+    x, y, weights = step_samples(unit, flow, chosen, probability, torch.Generator().manual_seed(1))
+    share, other = torch.rand(8, generator=again).view(-1, 1, 1, 1), torch.randperm(8, generator=again)
+    images, targets = flow.float_inputs[chosen], flow.targets[chosen]
+    mixed = share * images + (1 - share) * images[other]
+    with torch.no_grad(), in_mode(unit, Mode.FLOAT):
+        assert torch.allclose(y, unit(mixed), atol=1e-5)
+    assert not torch.allclose(y, targets, atol=0.1)
+    assert weights is not None
+    assert torch.allclose(weights, share * targets + (1 - share) * targets[other], atol=1e-5)
+    dropped = torch.isclose(x, mixed, atol=1e-5)
+    assert torch.equal(dropped, ~torch.isclose(x, mixed + 1, atol=1e-5))
+    assert float(dropped.float().mean()) == pytest.approx(probability, abs=0.05)
+
+
+def test_a_unit_that_learns_from_mixtures_is_judged_by_images_as_they_are(learn: Learn, quick: Quick) -> None:
+    parts = torch.arange(4, 24), torch.arange(4)
+    expected, _ = learn(quick(mixtures=True, iterations=40), *parts)
+    found, _ = learn(quick(mixtures=True, iterations=40), *parts, spoilt_targets=parts[0])  # only images have them
+    for one, other in zip(expected.state_dict().values(), found.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("rate", [1e-3, 1e-1, 1.0])
 def test_a_unit_is_never_worse_than_its_start_on_the_images_that_judge(learn: Learn, quick: Quick, rate: float) -> None:
     parts = torch.arange(4, 24), torch.arange(4)
     wild = {"weight_learning_rate": rate, "activation_learning_rate": rate, "bias_learning_rate": rate}
-
-    @torch.no_grad()
-    def judged(unit: nn.Module, flow: Flow) -> float:
-        with in_mode(unit, Mode.HARD):
-            return float(reconstruction_loss(unit(flow.quantized_inputs[parts[1]]), flow.targets[parts[1]]))
-
     start = judged(*learn(quick(iterations=0), *parts))
     assert judged(*learn(quick(iterations=30, **wild), *parts)) <= start * (1 + 1e-6)
 
