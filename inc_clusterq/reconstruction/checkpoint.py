@@ -58,7 +58,7 @@ class UnitStore:
         """The chain before its first unit."""
         digest = hashlib.sha256()
         chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
-        mixed = ["mixtures"] if learns_from_mixtures(inputs, settings) else []
+        mixed = ["mixtures"] if learns_from_mixtures(quantized, inputs, settings) else []
         digest.update(json.dumps([FORMAT, seed, chosen, quantized.bits, *mixed], sort_keys=True).encode())
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases

@@ -33,7 +33,7 @@ from inc_clusterq.reconstruction.learning import (
     step_optimiser,
     taken,
 )
-from inc_clusterq.reconstruction.mixing import Mixture, learns_from_mixtures
+from inc_clusterq.reconstruction.mixing import Mixture
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.resuming import SAVE_SECONDS, State, adam_state, below, restore_adam
@@ -53,6 +53,8 @@ def learn_end_to_end(
     before: float,  # loss over all images
     chain: Chain,  # whose last link this pass is
     stage: Stage,
+    *,
+    mixed: bool,  # learn from mixtures, to which the float network gives the targets
 ) -> float:
     """Learn the step sizes and biases of the whole network, and leave them hard; returns the loss over all images.
 
@@ -61,7 +63,7 @@ def learn_end_to_end(
     parts = nn.ModuleList(simulated(module))
     start = copied(parts)
     with in_mode(module, Mode.STEPS), torch.enable_grad():
-        _descend(module, parts, inputs, targets, settings, steps, chain, stage)
+        _descend(module, parts, inputs, targets, settings, steps, chain, stage, mixed=mixed)
     harden(module, parts, learned=False)
     after = loss_as_deployed(module, inputs, targets)
     if after <= DIVERGED * before:
@@ -80,6 +82,8 @@ def _descend(
     steps: int,
     chain: Chain,
     stage: Stage,
+    *,
+    mixed: bool,
 ) -> None:
     rate = settings.end_to_end_learning_rate
     optimiser = step_optimiser(parts, rate, rate)
@@ -90,7 +94,6 @@ def _descend(
         told = done = _restore(state, parts, optimiser, schedule, generator)
         stage.advance(done, "from disk")
     saved = time.monotonic()
-    mixed = learns_from_mixtures(inputs, settings)
     look_every = max(1, steps // CHECKS)
     together = images_per_step(inputs[0], settings)  # as many at once as in a unit of large maps: that bounds the memory
     for step in range(done, steps):

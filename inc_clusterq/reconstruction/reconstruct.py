@@ -167,7 +167,6 @@ class _Loop:
         settled: set[nn.Module] = set()
         count, share = len(self.inputs) // self.views, self.settings.validation_share
         images = keep_back(count, share, self.seed, self.inputs.device, self.views)
-        mixed = learns_from_mixtures(self.inputs, self.settings)
         with self.progress.stage("Reconstructing", len(units) * self.settings.iterations) as stage:
             for number, unit in enumerate(units, 1):
                 began = time.perf_counter()
@@ -180,7 +179,7 @@ class _Loop:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
                     weights = self._weights(units[number:], targets, chain, shelf)
-                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images, mixed=mixed)
+                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images, mixed=self._mixed)
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
                     chain.keep(module)
@@ -219,10 +218,15 @@ class _Loop:
                 stage.advance(steps, "from disk")
                 after = loss_as_deployed(module, self.inputs, run.targets)
             else:
-                after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, chain, stage)
+                images = self.inputs, run.targets
+                after = learn_end_to_end(module, *images, self.settings, steps, before, chain, stage, mixed=self._mixed)
                 chain.keep(module)
         logger.info("end to end: loss %.4g, before %.4g", after, before)
         return EndToEnd(before / power, after / power, steps, time.perf_counter() - began, resumed)
+
+    @property
+    def _mixed(self) -> bool:
+        return learns_from_mixtures(self.quantized, self.inputs, self.settings)
 
     def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
         """Weights of the loss of the unit before `behind`, as the settings ask for."""

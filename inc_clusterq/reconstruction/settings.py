@@ -135,7 +135,7 @@ class ReconstructionSettings(BaseModel):
     mixtures: bool | None = Field(
         None,
         description="Learn from mixtures of two images each, to which the float network gives the targets, instead of the "
-        f"images. Empty: for images of {LARGE} pixels or more. By trial.",
+        f"images. Empty: for images of {LARGE} pixels or more where activations have fewer than 8 bits. By trial.",
     )
     validation_share: float = Field(
         0.125,
