@@ -18,24 +18,26 @@ from typing import Any
 
 import common
 import torch
+from continuing import Earlier
 from rich.console import Console
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 
 NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False, "views": 1}
-COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", "ours, no data")
+OURS = "ours, no data"
+COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", OURS)
 
 
 def main() -> None:
     """Run every network, width and seed."""
-    options = common.parse(__doc__, "resnet20,mobilenet_v1_025,mcunet_320kb")
+    options = common.parse(__doc__, "resnet20,mobilenet_v1_025,mcunet_320kb", continues=True)
     console = Console(width=140)
     common.print_head(f"Accuracy with {common.IMAGES} calibration images", options, console)
-    figures: dict[str, Any] = {}
+    earlier, figures = Earlier(options), dict[str, Any]()
     for net in options.nets:
         subject = common.subject(options, net)
         console.print(f"{net}: {subject.splits}", highlight=False)
-        figures[net] = _measure(subject, options, console)
+        figures[net] = _measure(net, subject, options, earlier, console)
         rows = [
             [width, *[common.mean_and_spread(found[column]) if found.get(column) else "-" for column in COLUMNS]]
             for width, found in figures[net]["top1"].items()
@@ -45,7 +47,7 @@ def main() -> None:
         common.write_json(options, {"images": common.IMAGES, "top1": figures})
 
 
-def _measure(subject: common.Subject, options: common.Options, console: Console) -> dict[str, Any]:
+def _measure(net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console) -> dict[str, Any]:
     adaptor = NeuralCompressorAdaptor()
     exported = adaptor.export(subject.model)
 
@@ -55,17 +57,23 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
     widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
     top1: dict[str, dict[str, list[float]]] = {width: {column: [] for column in COLUMNS} for width in widths}
     seconds: list[float] = []
-    for seed in options.seeds:
+    earlier.fill({"top1": top1, "synthesis_seconds": seconds}, "top1", net)
+    for position, seed in enumerate(options.seeds):
+        lacking = [pair for pair, width in zip(options.widths, widths, strict=True) if len(top1[width][OURS]) == position]
+        if not lacking:
+            continue
         began = time.perf_counter()
         synthetic = common.synthetic(subject, options, seed)
-        seconds.append(time.perf_counter() - began)
+        spent = time.perf_counter() - began
+        if len(seconds) == position:
+            seconds.append(spent)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(synthetic.shape, generator=generator)
         real = None
         if subject.training is not None:
             real = subject.training[torch.randperm(len(subject.training), generator=generator)[: common.IMAGES]]
-        for (weight, activation), width in zip(options.widths, widths, strict=True):
-            found = top1[width]
+        for weight, activation in lacking:
+            found = top1[width := f"W{weight}A{activation}"]
             if (weight, activation) == (8, 8):
                 found["INC noise"].append(score(adaptor.quantize_static(exported, noise.split(common.BATCH))))
                 if real is not None:
@@ -75,10 +83,10 @@ def _measure(subject: common.Subject, options: common.Options, console: Console)
                 found["nearest, real"].append(score(nearest))
                 found["ours, real"].append(score(common.reconstructed(exported, real, weight, activation, seed, options)))
             began = time.perf_counter()
-            found["ours, no data"].append(score(common.reconstructed(exported, synthetic, weight, activation, seed, options)))
+            found[OURS].append(score(common.reconstructed(exported, synthetic, weight, activation, seed, options)))
             spent = time.perf_counter() - began
             last = {column: round(values[-1], 2) for column, values in found.items() if values}
-            console.print(f"  seed {seed} {width}: {last}; synthesis {seconds[-1]:.0f} s, reconstruction {spent:.0f} s")
+            console.print(f"  seed {seed} {width}: {last}; synthesis {seconds[position]:.0f} s, reconstruction {spent:.0f} s")
     return {
         "float": score(subject.model.module),
         "splits": subject.splits,

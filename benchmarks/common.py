@@ -88,11 +88,13 @@ def parse(
     word: str = "",
     known: Sequence[str] = (),
     synthetic: str = "",
+    continues: bool = False,
 ) -> Options:
     """Read the command line; exits with status 2 and a sentence where it is wrong.
 
     A script that compares sources of images, or methods, names the default ones in `compared`, what one is called in `word`
-    and all of them in `known`. One that takes synthetic images in place of real ones on demand says so in `synthetic`.
+    and all of them in `known`. One that takes synthetic images in place of real ones on demand says so in `synthetic`; one
+    that `continues` a record takes `--continue`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("INCQ_DATA"), help="data folder (or INCQ_DATA)")
@@ -106,6 +108,7 @@ def parse(
     if compared:
         parser.add_argument(f"--{word}s", default=compared, help=f"of {', '.join(known)} (default {compared})")
         parser.add_argument("--images", type=int, default=IMAGES, help=f"calibration images (default {IMAGES})")
+    if continues:
         parser.add_argument(
             "--continue",
             dest="continued",
@@ -140,7 +143,7 @@ def parse(
         compared=chosen,
         word=word,
         workspace=given.workspace,
-        continued=bool(compared) and given.continued,
+        continued=continues and given.continued,
         synthetic=bool(synthetic) and given.synthetic,
     )
 

@@ -85,6 +85,7 @@ def main() -> None:
         word="method",
         known=tuple(METHODS),
         synthetic="calibrate with images of the default synthesis",
+        continues=True,
     )
     console = Console(width=140)
     kind = "synthetic" if options.synthetic else "real training"

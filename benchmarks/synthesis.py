@@ -87,7 +87,13 @@ class Made:
 def main() -> None:
     """Run every network, seed and source."""
     options = common.parse(
-        __doc__, "resnet20", widths="W4A8,W4A4", compared=DEFAULT, word="source", known=("noise", "real", *SYNTHETIC)
+        __doc__,
+        "resnet20",
+        widths="W4A8,W4A4",
+        compared=DEFAULT,
+        word="source",
+        known=("noise", "real", *SYNTHETIC),
+        continues=True,
     )
     console = Console(width=140)
     common.print_head(f"Sources of {options.images} calibration images", options, console)
