@@ -55,9 +55,10 @@ def _numbers(records: list[dict[str, Any]]) -> list[str]:
             for source, entry in measured["sources"].items():
                 found.setdefault((net, source), {})[record["images"]] = entry["top1"]
     several = {key: by_number for key, by_number in found.items() if len(by_number) > 1}
-    columns = list(dict.fromkeys(column for numbers in several.values() for top1 in numbers.values() for column in top1))
+    measured = [top1 for numbers in several.values() for top1 in numbers.values()]
+    columns = [column for column in next(iter(measured), {}) if all(column in top1 for top1 in measured)]
     rows = [
-        [net, source, str(images), *[cell(numbers[images].get(column, [])) for column in columns]]
+        [net, source, str(images), *[cell(numbers[images][column]) for column in columns]]
         for (net, source), numbers in several.items()
         for images in sorted(numbers)
     ]
