@@ -14,6 +14,7 @@ Every method gets the same number of images. Test images give the figures and no
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import common
@@ -37,17 +38,21 @@ def main() -> None:
     for net in options.nets:
         subject = common.subject(options, net)
         console.print(f"{net}: {subject.splits}", highlight=False)
-        figures[net] = _measure(net, subject, options, earlier, console)
+        for found in _measured(net, subject, options, earlier, console):
+            figures[net] = found
+            common.write_json(options, {"images": common.IMAGES, "top1": figures})
         rows = [
             [width, *[common.mean_and_spread(found[column]) if found.get(column) else "-" for column in COLUMNS]]
             for width, found in figures[net]["top1"].items()
         ]
         title = f"{net}, float {figures[net]['float']:.2f}"
         common.print_table(title, ("width", *COLUMNS), rows, console)
-        common.write_json(options, {"images": common.IMAGES, "top1": figures})
 
 
-def _measure(net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console) -> dict[str, Any]:
+def _measured(
+    net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console
+) -> Iterator[dict[str, Any]]:
+    """The figures of a network as they grow, after every width."""
     adaptor = NeuralCompressorAdaptor()
     exported = adaptor.export(subject.model)
 
@@ -57,7 +62,14 @@ def _measure(net: str, subject: common.Subject, options: common.Options, earlier
     widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
     top1: dict[str, dict[str, list[float]]] = {width: {column: [] for column in COLUMNS} for width in widths}
     seconds: list[float] = []
+    figures = {
+        "float": score(subject.model.module),
+        "splits": subject.splits,
+        "top1": top1,
+        **({} if options.workspace else {"synthesis_seconds": seconds}),  # a set that was found took none
+    }
     earlier.fill({"top1": top1, "synthesis_seconds": seconds}, "top1", net)
+    yield figures
     for position, seed in enumerate(options.seeds):
         lacking = [pair for pair, width in zip(options.widths, widths, strict=True) if len(top1[width][OURS]) == position]
         if not lacking:
@@ -87,12 +99,7 @@ def _measure(net: str, subject: common.Subject, options: common.Options, earlier
             spent = time.perf_counter() - began
             last = {column: round(values[-1], 2) for column, values in found.items() if values}
             console.print(f"  seed {seed} {width}: {last}; synthesis {seconds[position]:.0f} s, reconstruction {spent:.0f} s")
-    return {
-        "float": score(subject.model.module),
-        "splits": subject.splits,
-        "top1": top1,
-        **({} if options.workspace else {"synthesis_seconds": seconds}),  # a set that was found took none
-    }
+            yield figures
 
 
 if __name__ == "__main__":
