@@ -16,7 +16,8 @@ Methods:
   ours loss        the same, joined by the loss of a base pass
   ours fixed       ours with the weights' step sizes as they are at the start
   ours end to end  ours, and behind it the pass end to end where the outputs are far off
-  ours views       the same with views of small images, shifted and mirrored, and mixtures of large ones: the defaults
+  ours views       the same with views of small images, shifted and mirrored: the defaults
+  ours mixtures    ours end to end, learned from mixtures of two images each
   QDrop twice      QDrop with twice the preset's steps, which take about the time of the defaults
   QDrop 20000      QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
@@ -60,7 +61,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours loss": {"granularity": "loss"},
     "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
     "ours end to end": {"granularity": "modcap", "end_to_end_iterations": None},
-    "ours views": {"granularity": "modcap", "end_to_end_iterations": None, "views": None, "mixtures": None},
+    "ours views": {"granularity": "modcap", "end_to_end_iterations": None, "views": None},
+    "ours mixtures": {"granularity": "modcap", "end_to_end_iterations": None, "mixtures": True},
     "QDrop twice": {**LEARNED["QDrop"], "iterations_times": 2},
     "QDrop 20000": {
         **LEARNED["QDrop"],
@@ -161,7 +163,7 @@ def _settings(preset: str, keys: dict[str, Any]) -> ReconstructionSettings:
     effort = ReconstructionSettings.PRESETS[preset]
     steps = {"iterations": effort["iterations"] * keys.get("iterations_times", 1)}
     own = {key: value for key, value in keys.items() if key != "iterations_times"}
-    plain = {"views": 1, "mixtures": False, "end_to_end_iterations": 0}
+    plain = {"views": 1, "end_to_end_iterations": 0}
     return ReconstructionSettings.model_validate({**effort, **steps, **plain, **own})
 
 

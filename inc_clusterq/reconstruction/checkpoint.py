@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from inc_clusterq.reconstruction.graph import Unit, attribute
-from inc_clusterq.reconstruction.mixing import learns_from_mixtures
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, Simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.resuming import State
@@ -44,7 +43,7 @@ NOT_THE_UNITS = {
     "memory_budget",
     "end_to_end_iterations",
     "end_to_end_learning_rate",
-    "mixtures",  # what follows from it counts
+    "mixtures",  # counts where it is on: without it keys are those of versions that had no such setting
 }
 
 
@@ -58,7 +57,7 @@ class UnitStore:
         """The chain before its first unit."""
         digest = hashlib.sha256()
         chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
-        mixed = ["mixtures"] if learns_from_mixtures(quantized, inputs, settings) else []
+        mixed = ["mixtures"] if settings.mixtures else []
         digest.update(json.dumps([FORMAT, seed, chosen, quantized.bits, *mixed], sort_keys=True).encode())
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases

@@ -53,8 +53,6 @@ def learn_end_to_end(
     before: float,  # loss over all images
     chain: Chain,  # whose last link this pass is
     stage: Stage,
-    *,
-    mixed: bool,  # learn from mixtures, to which the float network gives the targets
 ) -> float:
     """Learn the step sizes and biases of the whole network, and leave them hard; returns the loss over all images.
 
@@ -63,7 +61,7 @@ def learn_end_to_end(
     parts = nn.ModuleList(simulated(module))
     start = copied(parts)
     with in_mode(module, Mode.STEPS), torch.enable_grad():
-        _descend(module, parts, inputs, targets, settings, steps, chain, stage, mixed=mixed)
+        _descend(module, parts, inputs, targets, settings, steps, chain, stage)
     harden(module, parts, learned=False)
     after = loss_as_deployed(module, inputs, targets)
     if after <= DIVERGED * before:
@@ -82,8 +80,6 @@ def _descend(
     steps: int,
     chain: Chain,
     stage: Stage,
-    *,
-    mixed: bool,
 ) -> None:
     rate = settings.end_to_end_learning_rate
     optimiser = step_optimiser(parts, rate, rate)
@@ -99,7 +95,7 @@ def _descend(
     for step in range(done, steps):
         drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
         images, wanted = taken(inputs, drawn), taken(targets, drawn)
-        if mixed:
+        if settings.mixtures:
             images = Mixture.draw(BATCH, generator).of(images)
             wanted = torch.cat([outputs_in_float(module, some) for some in images.split(together)])
         optimiser.zero_grad(set_to_none=True)

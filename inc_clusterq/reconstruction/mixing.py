@@ -12,21 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inc_clusterq.inputs import is_large
-from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph, quantizers
-from inc_clusterq.reconstruction.settings import ReconstructionSettings
-
-MOST_BITS = 8  # of an activation; what mixtures gain there could not be told from noise
-
-
-def learns_from_mixtures(quantized: QuantizedGraph, images: Tensor, settings: ReconstructionSettings) -> bool:
-    """Whether the images (N, *shape) are mixed: as given, or else large ones where activations have fewer than 8 bits."""
-    if settings.mixtures is not None:
-        return settings.mixtures
-    activations = (part for part in quantizers(quantized.graph_module) if isinstance(part, ActivationQuantizer))
-    return is_large(images.shape[1:]) and any(part.bits < MOST_BITS for part in activations)
-
 
 @dataclass(frozen=True)
 class Mixture:

@@ -32,7 +32,6 @@ from inc_clusterq.reconstruction.learning import (
     optimise,
     reconstruction_loss,
 )
-from inc_clusterq.reconstruction.mixing import learns_from_mixtures
 from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
     in_mode,
@@ -179,7 +178,7 @@ class _Loop:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
                     weights = self._weights(units[number:], targets, chain, shelf)
-                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images, mixed=self._mixed)
+                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images, mixed=self.settings.mixtures)
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
                     chain.keep(module)
@@ -218,15 +217,10 @@ class _Loop:
                 stage.advance(steps, "from disk")
                 after = loss_as_deployed(module, self.inputs, run.targets)
             else:
-                images = self.inputs, run.targets
-                after = learn_end_to_end(module, *images, self.settings, steps, before, chain, stage, mixed=self._mixed)
+                after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, chain, stage)
                 chain.keep(module)
         logger.info("end to end: loss %.4g, before %.4g", after, before)
         return EndToEnd(before / power, after / power, steps, time.perf_counter() - began, resumed)
-
-    @property
-    def _mixed(self) -> bool:
-        return learns_from_mixtures(self.quantized, self.inputs, self.settings)
 
     def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
         """Weights of the loss of the unit before `behind`, as the settings ask for."""

@@ -156,7 +156,7 @@ def keys_of(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("change", ["seed", "settings", "bits", "images", "weight", "bias"])
+@pytest.mark.parametrize("change", ["seed", "settings", "mixtures", "bits", "images", "weight", "bias"])
 def test_what_changes_the_result_changes_every_key(quantized: Quantized, network: Network, quick: Quick, change: str) -> None:
     _, inputs = network("chain")
     graph = quantized("chain")
@@ -168,6 +168,8 @@ def test_what_changes_the_result_changes_every_key(quantized: Quantized, network
         seed = 1
     elif change == "settings":
         settings = quick(iterations=7)
+    elif change == "mixtures":
+        settings = quick(mixtures=True)
     elif change == "bits":
         graph = quantized("chain", plan=BitPlan(3, 4))
     elif change == "images":
@@ -186,16 +188,6 @@ def test_what_only_chooses_units_changes_no_key(quantized: Quantized, network: N
     graph = quantized("chain")
     chains = [UnitStore().start(graph, inputs, quick(granularity=name), 0) for name in ("layer", "block", "modcap", "loss")]
     assert len({chain.key for chain in chains}) == 1
-
-
-@pytest.mark.parametrize("mixed", [True, False])
-def test_a_default_that_is_spelt_out_changes_no_key(quantized: Quantized, quick: Quick, mixed: bool) -> None:
-    graph, images = quantized("chain"), torch.zeros(1, 3, 96 if mixed else 32, 96)
-    default, spelt, other = (
-        UnitStore().start(graph, images, settings, 0).key
-        for settings in (quick(), quick(mixtures=mixed), quick(mixtures=not mixed))
-    )
-    assert spelt == default != other
 
 
 def test_the_key_of_a_unit_tells_what_came_before_it(quantized: Quantized, network: Network, quick: Quick) -> None:

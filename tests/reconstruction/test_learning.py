@@ -53,7 +53,7 @@ def learn(quantized: Quantized, network: Network) -> Learn:
             flow.float_inputs[spoilt_float] = torch.nan
         if spoilt_targets is not None:
             flow.targets[spoilt_targets] = torch.nan
-        flow.mixed = bool(settings.mixtures)
+        flow.mixed = settings.mixtures
         optimise(unit, flow, settings, torch.Generator().manual_seed(0), Nobody(), "unit", set())
         return unit, flow
 

@@ -1,16 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
 import torch
 
-from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
-from inc_clusterq.reconstruction.mixing import Mixture, learns_from_mixtures
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph
-from inc_clusterq.reconstruction.settings import ReconstructionSettings
-
-Quantized = Callable[..., QuantizedGraph]
+from inc_clusterq.reconstruction.mixing import Mixture
 
 
 def test_a_mixture_is_a_share_of_the_image_and_the_rest_of_the_other_one() -> None:
@@ -36,27 +28,3 @@ def test_one_seed_draws_one_mixture() -> None:
     first, same, other = (Mixture.draw(8, torch.Generator().manual_seed(seed)).share for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize(
-    ("shape", "bits", "given", "mixed"),
-    [
-        ((2, 3, 96, 96), 4, None, True),
-        ((2, 3, 95, 224), 4, None, False),
-        ((2, 1, 49, 10), 4, None, False),
-        ((2, 300), 4, None, False),
-        ((2, 3, 224, 224), 8, None, False),
-        ((2, 3, 32, 32), 8, True, True),
-        ((2, 3, 224, 224), 4, False, False),
-    ],
-)
-def test_large_images_are_mixed_by_default_where_activations_are_coarse(
-    quantized: Quantized, shape: tuple[int, ...], bits: int, given: bool | None, mixed: bool
-) -> None:
-    graph = quantized("chain", plan=BitPlan(4, bits))
-    assert learns_from_mixtures(graph, torch.zeros(shape), ReconstructionSettings(mixtures=given)) == mixed
-
-
-def test_one_coarse_activation_is_enough(quantized: Quantized) -> None:
-    plan = BitPlan(8, 8, layers={"fc": LayerBits(activation=4)})
-    assert learns_from_mixtures(quantized("chain", plan=plan), torch.zeros(2, 3, 96, 96), ReconstructionSettings())
