@@ -76,9 +76,9 @@ def _measured(
             continue
         began = time.perf_counter()
         synthetic = common.synthetic(subject, options, seed)
-        spent = time.perf_counter() - began
+        synthesis = time.perf_counter() - began
         if len(seconds) == position:
-            seconds.append(spent)
+            seconds.append(synthesis)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(synthetic.shape, generator=generator)
         real = None
@@ -98,7 +98,7 @@ def _measured(
             found[OURS].append(score(common.reconstructed(exported, synthetic, weight, activation, seed, options)))
             spent = time.perf_counter() - began
             last = {column: round(values[-1], 2) for column, values in found.items() if values}
-            console.print(f"  seed {seed} {width}: {last}; synthesis {seconds[position]:.0f} s, reconstruction {spent:.0f} s")
+            console.print(f"  seed {seed} {width}: {last}; synthesis {synthesis:.0f} s, reconstruction {spent:.0f} s")
             yield figures
 
 

@@ -113,7 +113,8 @@ def parse(
             "--continue",
             dest="continued",
             action="store_true",
-            help="measure what the file of --json lacks; it must be of this version, which nothing checks",
+            help="measure what the file of --json lacks; it must be of this version, which nothing checks, and what is in it "
+            "but not asked for goes",
         )
     if synthetic:
         parser.add_argument("--synthetic", action="store_true", help=synthetic)
@@ -201,6 +202,11 @@ def top1(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 50) -> f
     with torch.no_grad():
         pairs = zip(inputs.split(batch), labels.split(batch), strict=True)
         return 100 * sum(int((deployed(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels)
+
+
+def real(training: Tensor, options: Options, seed: int) -> Tensor:
+    """As many training images as were asked for, drawn with the seed."""
+    return training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[: options.images]]
 
 
 def synthetic(subject: Subject, options: Options, seed: int) -> Tensor:

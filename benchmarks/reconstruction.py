@@ -35,7 +35,6 @@ from itertools import pairwise, product
 from typing import Any
 
 import common
-import torch
 from continuing import Earlier
 from rich.console import Console
 from torch import Tensor, nn
@@ -110,7 +109,7 @@ def main() -> None:
         for width, method in product(widths, options.compared):
             earlier.fill(found[width][method], "nets", net, "widths", width, method)
         for position, seed in enumerate(options.seeds):
-            images = _images(training, subject, options, seed)
+            images = common.synthetic(subject, options, seed) if training is None else common.real(training, options, seed)
             for width, method in product(widths, options.compared):
                 if len(found[width][method]["top1"]) > position:
                     continue
@@ -127,13 +126,6 @@ def main() -> None:
             for method, values in methods.items()
         ]
         common.print_table(f"{net}, float {plain:.2f}", ("width", "method", *MEASURES), rows, console)
-
-
-def _images(training: Tensor | None, subject: common.Subject, options: common.Options, seed: int) -> Tensor:
-    """Drawn from the training images; synthetic ones where there are none."""
-    if training is None:
-        return common.synthetic(subject, options, seed)
-    return training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[: options.images]]
 
 
 def _measured(

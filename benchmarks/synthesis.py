@@ -163,14 +163,13 @@ def _top1(
 
 def _images(source: str, net: str, subject: common.Subject, options: common.Options, seed: int) -> Made:
     """The images of one source; their labels are -1 where it has none."""
-    generator = torch.Generator().manual_seed(seed)
     nothing = torch.full((options.images,), -1)
     if source == "noise":
+        generator = torch.Generator().manual_seed(seed)
         return Made(torch.randn(options.images, *subject.model.input.shape, generator=generator), nothing)
     if source == "real":
         assert subject.training is not None
-        chosen = torch.randperm(len(subject.training), generator=generator)[: options.images]
-        return Made(subject.training[chosen], nothing)
+        return Made(common.real(subject.training, options, seed), nothing)
     preset = ClusterQSettings.PRESETS[options.preset]
     settings = ClusterQSettings.model_validate({**preset, **SYNTHETIC[source]})
     with tempfile.TemporaryDirectory() as folder, _alone() as process:

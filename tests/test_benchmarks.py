@@ -141,6 +141,20 @@ def test_the_accuracy_benchmark_measures_other_networks_through_the_interface_al
 
 
 @pytest.mark.slow
+def test_a_record_whose_sets_were_kept_is_continued_where_none_is(root: Path, tmp_path: Path) -> None:
+    # Such a record has no seconds of the synthesis: a set that is found takes none.
+    (tmp_path / "load.py").write_text(LOAD)
+    figures = tmp_path / "figures.json"
+    options = ("--nets", "mine", "--widths", "W4A4", "--preset", "fast", "--json", str(figures))
+    for more in (("--seeds", "0", "--workspace", str(tmp_path / "sets")), ("--seeds", "0,1", "--continue")):
+        done = run(root, "accuracy.py", "--data", str(tmp_path), *options, *more)
+        assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())["top1"]["mine"]
+    assert len(found["top1"]["W4A4"]["ours, no data"]) == 2
+    assert found["synthesis_seconds"] == []
+
+
+@pytest.mark.slow
 def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(LOAD)
     figures = tmp_path / "figures.json"

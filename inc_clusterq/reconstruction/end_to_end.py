@@ -94,10 +94,12 @@ def _descend(
     together = images_per_step(inputs[0], settings)  # as many at once as in a unit of large maps: that bounds the memory
     for step in range(done, steps):
         drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
-        images, wanted = taken(inputs, drawn), taken(targets, drawn)
+        images = taken(inputs, drawn)
         if settings.mixtures:
             images = Mixture.draw(BATCH, generator).of(images)
             wanted = torch.cat([outputs_in_float(module, some) for some in images.split(together)])
+        else:
+            wanted = taken(targets, drawn)
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
         for x, y in zip(images.split(together), wanted.split(together), strict=True):

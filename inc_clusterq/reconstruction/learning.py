@@ -42,7 +42,6 @@ class Flow:
     weights: Tensor | None  # of the loss, shape of the targets; None: 1
     learned_from: Tensor  # numbers of the images
     judged_by: Tensor  # the same
-    mixed: bool = False  # learn from mixtures; images are judged by as they are
 
     @property
     def keeps_back(self) -> bool:
@@ -188,7 +187,7 @@ def _descend(
     for step in range(steps):
         drawn = torch.randint(images, (batch,), generator=generator, device=generator.device)
         chosen = flow.learned_from[drawn]
-        x, y, importance = step_samples(module, flow, chosen, settings.drop_probability, generator)
+        x, y, importance = step_samples(module, flow, chosen, settings, generator)
         loss = reconstruction_loss(module(x), y, importance)
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
@@ -240,18 +239,20 @@ def undecided(weights: list[WeightQuantizer]) -> float:
 
 
 def step_samples(
-    module: fx.GraphModule, flow: Flow, chosen: Tensor, probability: float, generator: torch.Generator
+    module: fx.GraphModule, flow: Flow, chosen: Tensor, settings: ReconstructionSettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a step learns from: x~, the quantized input with some elements as in the float network (QDrop); y; weights."""
-    x, y, weights = taken(flow.quantized_inputs, chosen), taken(flow.targets, chosen), _weights(flow.weights, chosen)
-    exact = taken(flow.float_inputs, chosen) if probability or flow.mixed else x
-    if flow.mixed:
+    x, weights = taken(flow.quantized_inputs, chosen), _weights(flow.weights, chosen)
+    exact = taken(flow.float_inputs, chosen) if settings.drop_probability or settings.mixtures else x
+    if settings.mixtures:
         mixture = Mixture.draw(len(chosen), generator)
         x, exact = mixture.of(x), mixture.of(exact)
         weights = None if weights is None else mixture.of(weights)
         y = outputs_in_float(module, exact)
-    if probability:
-        x = x.lerp_(exact, draw_mask(x, probability, generator))
+    else:
+        y = taken(flow.targets, chosen)
+    if settings.drop_probability:
+        x = x.lerp_(exact, draw_mask(x, settings.drop_probability, generator))
     return x, y, weights
 
 

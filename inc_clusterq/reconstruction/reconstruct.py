@@ -178,7 +178,7 @@ class _Loop:
                     stage.advance(self.settings.iterations, f"{label} (from disk)")
                 else:
                     weights = self._weights(units[number:], targets, chain, shelf)
-                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images, mixed=self.settings.mixtures)
+                    flow = Flow(float_inputs, quantized_inputs, targets, weights, *images)
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
                     chain.keep(module)

@@ -135,7 +135,8 @@ class ReconstructionSettings(BaseModel):
     mixtures: bool = Field(
         False,
         description="Learn from mixtures of two images each, to which the float network gives the targets, instead of the "
-        "images. For large synthetic images and activations of fewer than 8 bits; nothing was gained elsewhere. By trial.",
+        "images. For large synthetic images and activations of fewer than 8 bits; with real images, and with 8 bits, nothing "
+        "was gained, and small images were not tried.",
     )
     validation_share: float = Field(
         0.125,

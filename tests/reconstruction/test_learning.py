@@ -53,17 +53,10 @@ def learn(quantized: Quantized, network: Network) -> Learn:
             flow.float_inputs[spoilt_float] = torch.nan
         if spoilt_targets is not None:
             flow.targets[spoilt_targets] = torch.nan
-        flow.mixed = settings.mixtures
         optimise(unit, flow, settings, torch.Generator().manual_seed(0), Nobody(), "unit", set())
         return unit, flow
 
     return make
-
-
-@torch.no_grad()
-def judged(unit: nn.Module, flow: Flow) -> float:
-    with in_mode(unit, Mode.HARD):
-        return float(reconstruction_loss(unit(flow.quantized_inputs[flow.judged_by]), flow.targets[flow.judged_by]))
 
 
 @pytest.mark.parametrize(
@@ -131,9 +124,10 @@ def test_nothing_is_learned_from_the_images_that_judge(learn: Learn, quick: Quic
 def test_what_a_mixture_should_give_is_what_the_float_unit_gives(learn: Learn, quick: Quick, probability: float) -> None:
     unit, flow = learn(quick(), torch.arange(24), torch.arange(24))
     flow.quantized_inputs = flow.float_inputs + 1
-    flow.weights, flow.mixed = flow.targets.clone(), True
+    flow.weights = flow.targets.clone()
+    settings = quick(mixtures=True, drop_probability=probability)
     chosen, again = torch.arange(4, 12), torch.Generator().manual_seed(1)
-    x, y, weights = step_samples(unit, flow, chosen, probability, torch.Generator().manual_seed(1))
+    x, y, weights = step_samples(unit, flow, chosen, settings, torch.Generator().manual_seed(1))
     share, other = torch.rand(8, generator=again).view(-1, 1, 1, 1), torch.randperm(8, generator=again)
     images, targets = flow.float_inputs[chosen], flow.targets[chosen]
     mixed = share * images + (1 - share) * images[other]
@@ -159,6 +153,12 @@ def test_a_unit_that_learns_from_mixtures_is_judged_by_images_as_they_are(learn:
 def test_a_unit_is_never_worse_than_its_start_on_the_images_that_judge(learn: Learn, quick: Quick, rate: float) -> None:
     parts = torch.arange(4, 24), torch.arange(4)
     wild = {"weight_learning_rate": rate, "activation_learning_rate": rate, "bias_learning_rate": rate}
+
+    @torch.no_grad()
+    def judged(unit: nn.Module, flow: Flow) -> float:
+        with in_mode(unit, Mode.HARD):
+            return float(reconstruction_loss(unit(flow.quantized_inputs[parts[1]]), flow.targets[parts[1]]))
+
     start = judged(*learn(quick(iterations=0), *parts))
     assert judged(*learn(quick(iterations=30, **wild), *parts)) <= start * (1 + 1e-6)
 
