@@ -9,16 +9,19 @@ from collections.abc import Mapping
 import torch
 
 from inc_clusterq import __version__
+from inc_clusterq.cpu import cpu
 
 
 def environment(host: Mapping[str, str]) -> dict[str, str]:
     """This package, Python, the `host`'s own versions, and the machine."""
+    processor = cpu()
     return {
         "inc-clusterq": __version__,
         "python": platform.python_version(),
         **host,
         "machine": platform.machine(),
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "processor": processor.model,
+        "instruction set": torch.backends.cpu.get_cpu_capability() + (" and AMX" if processor.amx else ""),
         "threads": str(torch.get_num_threads()),
         "processors": str(os.cpu_count()),
     }
