@@ -44,6 +44,16 @@ def test_dead_leaves_lie_in_the_range_and_cover_the_ground() -> None:
     assert not torch.equal(leaves[0], leaves[1])
 
 
+def test_a_leaf_covers_no_pixel_that_is_left_out() -> None:
+    """Against every leaf painted over the whole of every image."""
+    shape, samples = (2, 23, 40), 5
+    found = dead_leaves(shape, samples, torch.Generator().manual_seed(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inc_clusterq.synthesis.leaves.CORNER", 1e3)
+        everywhere = dead_leaves(shape, samples, torch.Generator().manual_seed(2))
+    assert torch.equal(found, everywhere)
+
+
 def test_one_seed_names_the_same_leaves() -> None:
     one, same, other = (dead_leaves((3, 20, 20), 2, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
