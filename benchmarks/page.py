@@ -40,10 +40,19 @@ def unfinished(record: dict[str, Any]) -> list[str]:
 def conditions(record: dict[str, Any]) -> list[str]:
     """What the figures of a record depend on, and the call that repeats them."""
     seeds = ", ".join(map(str, record["seeds"]))
-    environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
     return [
-        f"{record['images']} calibration images; preset `{record['preset']}`; seeds {seeds}; {environment}.",
+        f"{record['images']} calibration images; preset `{record['preset']}`; seeds {seeds}; {environment(record)}.",
         "",
         f"`{record['command']}`",
         "",
     ]
+
+
+def made_by(record: dict[str, Any]) -> list[str]:
+    """The same for a record without calibration images."""
+    return ["", f"{environment(record)}.", "", f"`{record['command']}`", ""]
+
+
+def environment(record: dict[str, Any]) -> str:
+    """Versions and machine, in words."""
+    return ", ".join(f"{name} {value}" for name, value in record["environment"].items())

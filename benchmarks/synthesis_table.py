@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
-from page import cell, conditions, table
+from page import cell, conditions, made_by, table
 
 IMAGES = 256  # of the tables that compare sources; records of other numbers show what more or fewer images are worth
 MEASURES = ("statistics_distance", "diversity")  # of the set, beside what it led to
 NOTHING = "No figures have been recorded yet."
 
 
-def sections(records: list[dict[str, Any]]) -> str:
-    """All tables: sources side by side, what each part is worth, and numbers of images."""
+def sections(records: list[dict[str, Any]], teachers: list[dict[str, Any]]) -> str:
+    """All tables: sources side by side, what each part is worth, numbers of images, and what a step costs in the network."""
     usual = [record for record in records if record["images"] == IMAGES]
     lines = ["### Sources", ""]
     lines += _compared([record for record in usual if not is_ablation(record)]) or [NOTHING, ""]
@@ -20,7 +21,19 @@ def sections(records: list[dict[str, Any]]) -> str:
         lines += ["### Without one part", "", *_compared(ablations)]
     if len({record["images"] for record in records}) > 1:
         lines += ["### Numbers of images", "", *_numbers(records)]
+    for record in teachers:
+        lines += ["### Milliseconds of a step in the network", "", *_steps(record)]
     return "\n".join(lines)
+
+
+def _steps(record: dict[str, Any]) -> list[str]:
+    ways = list(next(iter(record["nets"].values()))["milliseconds"])
+    rows = [
+        [net, *[f"{median(found['milliseconds'][way]):.0f}" for way in ways], f"{found['seconds_to_compile']:.0f}"]
+        for net, found in record["nets"].items()
+    ]
+    images = f"{record['images']} images of {record['size']} pixels; weights are random."
+    return [*table(["network", *ways, "seconds to compile"], rows), "", images, *made_by(record)]
 
 
 def is_ablation(record: dict[str, Any]) -> bool:

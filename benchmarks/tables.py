@@ -15,7 +15,7 @@ from typing import Any
 
 import synthesis_table
 from deployment_table import FLOAT, HEADINGS, rows
-from page import cell, conditions, row, table, unfinished
+from page import cell, conditions, made_by, row, table, unfinished
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- written by benchmarks/tables.py -->", "<!-- end -->"
@@ -32,7 +32,7 @@ def main() -> None:
         (ROOT / "docs" / "accuracy.md", _sections(records)),
         (ROOT / "docs" / "deployment.md", _deployment(deployed)),
         (ROOT / "docs" / "reconstruction.md", _reconstruction()),
-        (ROOT / "docs" / "synthesis.md", synthesis_table.sections(_records("synthesis"))),
+        (ROOT / "docs" / "synthesis.md", synthesis_table.sections(_records("synthesis"), _records("teacher"))),
         (ROOT / "README.md", _summary(records)),
     )
     stale = False
@@ -97,18 +97,13 @@ def _memory(record: dict[str, Any]) -> str:
     headings = ["images", "pixels", "steps per unit", "memory budget, GB", "images, MB", "private, MB", "resident, MB"]
     keys = ("images", "size", "iterations", "budget_gb", "images_mb", "private_mb", "resident_mb")
     rows = [[f"{record[key]:.0f}" for key in keys]]
-    return "\n".join([f"## Memory of {record['net']}", "", *table(headings, rows), *_made_by(record)])
-
-
-def _made_by(record: dict[str, Any]) -> list[str]:
-    environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
-    return ["", f"{environment}.", "", f"`{record['command']}`", ""]
+    return "\n".join([f"## Memory of {record['net']}", "", *table(headings, rows), *made_by(record)])
 
 
 def _steps(record: dict[str, Any]) -> str:
     names = next(iter(record["milliseconds"].values()))
     rows = [[output, *[f"{median(times):.1f}" for times in found.values()]] for output, found in record["milliseconds"].items()]
-    return "\n".join(["## Milliseconds of a step", "", *table(["output", *names], rows), *_made_by(record)])
+    return "\n".join(["## Milliseconds of a step", "", *table(["output", *names], rows), *made_by(record)])
 
 
 def _methods(record: dict[str, Any]) -> str:

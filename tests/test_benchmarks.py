@@ -174,6 +174,28 @@ def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, t
 
 
 @pytest.mark.slow
+def test_the_teacher_benchmark_times_every_way_and_its_record_becomes_a_table(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = tmp_path / "figures.json"
+    options = ("--images", "2", "--size", "64", "--steps", "1", "--rounds", "3", "--json", str(figures))
+    done = run(root, "teacher.py", "--nets", "shufflenet_v2_x0_5", *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(figures.read_text())
+    found = record["nets"]["shufflenet_v2_x0_5"]
+    assert {way: len(times) for way, times in found["milliseconds"].items()} == {
+        way: 3 for way in ("plain", "bfloat16", "compiled", "compiled, bfloat16")
+    }
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    lines = importlib.import_module("synthesis_table").sections([], [record]).splitlines()
+    assert "2 images of 64 pixels; weights are random." in lines
+    assert len([line for line in lines if line.startswith("| shufflenet_v2_x0_5 | ")]) == 1
+    refused = run(root, "teacher.py", "--nets", "shufflenet")
+    assert refused.returncode == 2
+    assert "torchvision has no network 'shufflenet'" in refused.stderr
+
+
+@pytest.mark.slow
 def test_the_memory_benchmark_measures_any_network_of_torchvision(root: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     options = ("--images", "16", "--size", "64", "--iterations", "1", "--budget", "0", "--json", str(figures))
@@ -207,11 +229,11 @@ def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     table = importlib.import_module("synthesis_table")
     usual = record(256, {"noise": [80.0, 82.0], "latent+alignment": [90.0]})
-    lines = table.sections([usual]).splitlines()
+    lines = table.sections([usual], []).splitlines()
     assert [line for line in lines if line.startswith("#")] == ["### Sources", "#### net, float 91.50"]
     assert "| noise | 81.00 ± 1.41 | - | 51 ± 1 | 900 | 0.012 ± 0.000 | 4.0 ± 0.0 |" in lines
     assert "`python benchmarks/synthesis.py --images 256`" in lines
-    lines = table.sections([usual, record(256, {"clusterq-prior": [89.0]}), record(64, {"noise": [70.0]})]).splitlines()
+    lines = table.sections([usual, record(256, {"clusterq-prior": [89.0]}), record(64, {"noise": [70.0]})], []).splitlines()
     titles = ["### Sources", "### Without one part", "### Numbers of images"]
     assert [line for line in lines if line.startswith("### ")] == titles
     assert lines.index("| net | noise | 64 | 70.00 | - |") + 1 == lines.index("| net | noise | 256 | 81.00 ± 1.41 | - |")

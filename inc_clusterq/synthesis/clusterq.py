@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from inc_clusterq.errors import ConfigError
 from inc_clusterq.inputs import InputSpec, is_large
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
+from inc_clusterq.synthesis.acceleration import compiled, is_compiled, is_in_bfloat16
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch, batch_count, make_batches
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
@@ -88,8 +90,9 @@ def synthesise_into(
     with (
         torch.enable_grad(),  # a lazy loader may be read first inside somebody's `no_grad`
         deterministic,
-        teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as teacher,
+        teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as taught,
     ):
+        teacher = replace(taught, bfloat16=is_in_bfloat16(settings, spec, taught))
         batches, steps = batch_count(samples, settings.refine_batch), settings.refine_iterations
         if settings.synthesizer == "latent":
             title = "Optimising latents"
@@ -106,10 +109,16 @@ def synthesise_into(
 
             def optimise(batch: Batch, stage: Stage) -> Tensor:
                 inputs = start(batch.rows)
-                return refine(inputs, batch, teacher, spec, coarse, settings, rng, stage) if steps else inputs
+                return refine(inputs, batch, fastest, spec, coarse, settings, rng, stage) if steps else inputs
 
-        with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
-            make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)
+        with ExitStack() as stack:
+            fastest = teacher
+            if steps and is_compiled(settings, spec, batches, teacher.device):
+                with progress.stage("Compiling the model", 1) as stage:
+                    fastest = stack.enter_context(compiled(teacher, spec, math.ceil(samples / batches)))
+                    stage.advance(1)
+            with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
+                make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)
 
 
 def begins_with_leaves(settings: ClusterQSettings, spec: InputSpec) -> bool:

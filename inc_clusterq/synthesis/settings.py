@@ -174,6 +174,19 @@ class ClusterQSettings(BaseModel):
         "By trial: 64 to 256 match the statistics equally well.",
     )
 
+    compile_teacher: bool | None = Field(
+        default=None,
+        description="Compile the network for the refinement (`clusterq` only; needs a C++ compiler, without which it is run as "
+        "it stands). Null: on a CPU, for images of 96 pixels or more and 200 steps at their full size, of all batches "
+        "together. docs/synthesis.md tells what that costs and saves.",
+    )
+    bfloat16: bool | None = Field(
+        default=None,
+        description="Compute convolutions and matrix products of the network in bfloat16, by autocast. Null: where the "
+        "processor has AMX tiles for that, for images of 96 pixels or more and networks without grouped convolutions, which "
+        "gain nothing. See docs/synthesis.md.",
+    )
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {"iterations": 60, "warmup_iterations": 40, "refine_iterations": 100, "coarse_share": 0.4},
         "balanced": {},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class Teacher:
     first_aligned: int
     device: torch.device
     dtype: torch.dtype
+    bfloat16: bool = False  # matrix products, where there is hardware for it
+    passes: Callable[[Tensor], tuple[Any, tuple[Moments, ...]]] | None = None  # in place of `_passes`
 
     @property
     def classifies(self) -> bool:
@@ -63,10 +66,14 @@ class Teacher:
 
     def observe(self, x: Tensor) -> Observation:
         """Run a batch of normalised inputs, shape (N, *input)."""
-        with capture_inputs(self.layers, lambda seen: sample_moments(seen, x.shape[0])) as captured:
-            output = self.module(x.to(self.dtype))
-        samples = tuple(average(captured[layer]) for layer in self.layers)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            output, samples = (self.passes or self._passes)(x.to(self.dtype))
         return Observation(output.float() if self.classifies else None, samples)
+
+    def _passes(self, x: Tensor) -> tuple[Any, tuple[Moments, ...]]:
+        with capture_inputs(self.layers, lambda seen: sample_moments(seen, x.shape[0])) as captured:
+            output = self.module(x)
+        return output, tuple(average(captured[layer]) for layer in self.layers)
 
 
 @contextmanager
