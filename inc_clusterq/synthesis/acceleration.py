@@ -49,12 +49,15 @@ def is_compiled(settings: ClusterQSettings, spec: InputSpec, batches: int, devic
 
 @contextmanager
 def compiled(teacher: Teacher, spec: InputSpec, samples: int) -> Iterator[Teacher]:
-    """The same teacher, compiled for `samples` inputs at once, and for other numbers as they come; as it is, if that fails."""
+    """The same teacher, compiled for `samples` inputs at once, and for other numbers as they come; as it is, if that fails.
+
+    On leaving, everything that this process has compiled is forgotten, and what is still in use is compiled again.
+    """
     watched = _Watched(teacher)
     run = torch.compile(watched, dynamic=False)
 
     def passes(x: Tensor) -> tuple[Any, tuple[Moments, ...]]:
-        output, pairs = run(x) if x.requires_grad else watched(x)
+        output, pairs = run(x)
         return output, tuple(Moments(mean, variance) for mean, variance in pairs)
 
     faster = replace(teacher, passes=passes)
@@ -99,9 +102,7 @@ class _Watched(nn.Module):
         output = self.module(x)
         self._samples = 0
         layers = [average([Moments(*pair) for pair in seen]) for seen in self._seen]
-        for (
-            seen
-        ) in self._seen:  # now and not before the next pass, since code is compiled for lists that are empty at its start
+        for seen in self._seen:  # now, and not at the start: code is compiled for lists as it finds them
             seen.clear()
         return output, [(layer.mean, layer.variance) for layer in layers]
 

@@ -178,13 +178,13 @@ class ClusterQSettings(BaseModel):
         default=None,
         description="Compile the network for the refinement (`clusterq` only; needs a C++ compiler, without which it is run as "
         "it stands). Null: on a CPU, for images of 96 pixels or more and 200 steps at their full size, of all batches "
-        "together. docs/synthesis.md tells what that costs and saves.",
+        "together. By trial; docs/synthesis.md tells what that costs and saves.",
     )
     bfloat16: bool | None = Field(
         default=None,
         description="Compute convolutions and matrix products of the network in bfloat16, by autocast. Null: where the "
         "processor has AMX tiles for that, for images of 96 pixels or more and networks without grouped convolutions, which "
-        "gain nothing. See docs/synthesis.md.",
+        "gain nothing. By trial; see docs/synthesis.md.",
     )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
