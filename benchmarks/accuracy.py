@@ -23,7 +23,6 @@ from continuing import Earlier
 from rich.console import Console
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.allocation import keep_freed_memory
 
 NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False, "views": 1}
 OURS = "ours, no data"
@@ -32,7 +31,6 @@ COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", OURS)
 
 def main() -> None:
     """Run every network, width and seed."""
-    keep_freed_memory()
     options = common.parse(__doc__, "resnet20,mobilenet_v1_025,mcunet_320kb", continues=True)
     console = Console(width=140)
     common.print_head(f"Accuracy with {common.IMAGES} calibration images", options, console)

@@ -26,7 +26,6 @@ from rich.console import Console
 from torch import nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.allocation import keep_freed_memory
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, fingerprint
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -50,7 +49,6 @@ class Peaks:
 
 def main() -> None:
     """Reconstruct once and print the peaks."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="resnet50", help="of torchvision (default resnet50)")
     parser.add_argument("--images", type=int, default=1024, help="default 1024")

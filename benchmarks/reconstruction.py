@@ -40,7 +40,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.allocation import keep_freed_memory
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
@@ -79,7 +78,6 @@ MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds", "peak_mb")
 
 def main() -> None:
     """Run every network, width, seed and method."""
-    keep_freed_memory()
     options = common.parse(
         __doc__,
         "resnet20,mobilenet_v1_025",

@@ -37,7 +37,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.allocation import keep_freed_memory
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.quality import measure_set
@@ -87,7 +86,6 @@ class Made:
 
 def main() -> None:
     """Run every network, seed and source."""
-    keep_freed_memory()
     options = common.parse(
         __doc__,
         "resnet20",
@@ -206,7 +204,6 @@ def _synthesise(
 ) -> tuple[float, float, float]:
     """Write the set to `file`; returns wall seconds, and the memory of this process in MB: the highest, and at first."""
     module = common.load_module(data).model(net)[0].float().eval().requires_grad_(False)
-    keep_freed_memory()
     start, began = common.memory_mb("VmRSS"), time.perf_counter()
     inputs, labels = synthesise(module, spec, settings, num_classes=num_classes, samples=images, seed=seed)
     seconds = time.perf_counter() - began

@@ -21,7 +21,7 @@ import torchvision
 from rich.console import Console
 from torch import Tensor
 
-from inc_clusterq.allocation import keep_freed_memory
+from inc_clusterq.allocation import freed_memory_kept
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis.acceleration import compiled
 from inc_clusterq.synthesis.objective import statistics as statistics_loss
@@ -45,11 +45,11 @@ def main() -> None:
     nets = given.nets.split(",")
     if unknown := set(nets) - set(torchvision.models.list_models()):
         parser.error(f"torchvision has no network {unknown.pop()!r}")
-    keep_freed_memory()
     console = Console(width=120)
     console.print(f"Steps of {given.images} images of {given.size} pixels, seed {given.seed}", highlight=False)
     common.print_environment(console)
-    measured = {net: _timed(net, given.images, given.size, given.steps, given.rounds, given.seed) for net in nets}
+    with freed_memory_kept():  # as the synthesis does
+        measured = {net: _timed(net, given.images, given.size, given.steps, given.rounds, given.seed) for net in nets}
     rows = [
         [net, *[f"{statistics.median(ways[way]):.0f}" if way in ways else "-" for way in WAYS], f"{seconds:.0f}"]
         for net, (ways, seconds) in measured.items()

@@ -18,7 +18,6 @@ import typer
 from rich.console import Console
 
 from inc_clusterq import __version__
-from inc_clusterq.allocation import keep_freed_memory
 from inc_clusterq.console import progress_on
 from inc_clusterq.errors import ClusterQError
 from inc_clusterq.progress import Progress
@@ -87,7 +86,6 @@ def quantize(
 
         from inc_clusterq.pipeline import quantize as run  # heavy: only once the configuration is known to be good
 
-        keep_freed_memory()
         result = run(config, overwrite=overwrite, strict=strict, progress=progress)
         result.print(Console())
 
@@ -112,7 +110,6 @@ def synthesize(
 
         from inc_clusterq.synthetic_set import synthesize as run
 
-        keep_freed_memory()
         run(config, output=output, overwrite=overwrite, progress=progress).print(Console())
 
 

@@ -24,6 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.allocation import freed_memory_kept
 from inc_clusterq.errors import ConfigError
 from inc_clusterq.inputs import InputSpec, is_large
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
@@ -90,6 +91,7 @@ def synthesise_into(
     with (
         torch.enable_grad(),  # a lazy loader may be read first inside somebody's `no_grad`
         deterministic,
+        freed_memory_kept(),
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as taught,
     ):
         teacher = replace(taught, bfloat16=is_in_bfloat16(settings, spec, taught))
