@@ -1,8 +1,8 @@
 """Memory of large tensors that is used again instead of being given back to the system.
 
-By default the C library maps fresh memory for every large tensor, which the system clears page by page at the first touch: for
-a tensor of 50 MB that takes longer than to multiply it by two. Kept memory is neither mapped nor cleared again. No computed
-value depends on it. It is for stretches that take the same large tensors over and over; what is kept stays in use meanwhile.
+By default the C library maps fresh memory for every large tensor, which the system clears page by page at the first touch.
+Kept memory is neither mapped nor cleared again. No computed value depends on it. It is for stretches that take the same large
+tensors over and over; what is kept counts as used meanwhile.
 """
 
 from __future__ import annotations

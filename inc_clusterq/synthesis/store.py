@@ -1,8 +1,9 @@
 """Synthetic sets by what was asked for: found again, or made once, and published whole.
 
-In a cache the folder of a set is named by the SHA-256 of the request, so that anything that could change the set changes
-the name. One process at a time makes a set, in the hidden folder `.KEY.partial` beside it, and the others wait; a folder
-appears by one rename when it is whole. What a killed process has finished is found there by the next one.
+In a cache the folder of a set is named by the SHA-256 of the request, so that asking for anything else changes the name; the
+kind of machine that made it does not count. One process at a time makes a set, in the hidden folder `.KEY.partial` beside it,
+and the others wait; a folder appears by one rename when it is whole. What a killed process has finished is found there by the
+next one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Source:
 def describe(
     fingerprint: str, spec: InputSpec, settings: ClusterQSettings, *, num_classes: int, samples: int, seed: int
 ) -> dict[str, Any]:
-    """The request for a set, in plain JSON values: everything that its content depends on."""
+    """The request for a set, in plain JSON values: everything that its content depends on, but for the kind of machine."""
     request = {
         "fingerprint": fingerprint,
         "spec": asdict(spec),

@@ -23,7 +23,7 @@ BRIEF = {"iterations": 0, "refine_iterations": 4, "refine_batch": 6, "bfloat16":
 
 @pytest.fixture
 def net() -> nn.Module:
-    """Depthwise and grouped convolutions, one normalisation that is called twice, and one before its convolution."""
+    """A dense and a depthwise convolution, one normalisation that is called twice, and one before its convolution."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
