@@ -40,6 +40,7 @@ TEST_IMAGES = {"cifar": "test_first5000", "imagenet": "val1300"}
 
 
 IMAGES = 256  # that calibrate
+UNSEEN = 512  # training images at most that judge outputs
 BATCH = 32  # images per calibration call, the default of the YAML
 
 
@@ -204,9 +205,32 @@ def top1(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 50) -> f
         return 100 * sum(int((deployed(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels)
 
 
+def output_error(model: nn.Module, plain: nn.Module, inputs: Tensor, batch: int = 50) -> float:
+    """Mean squared distance of a quantized model's outputs from the float one's, in units of the variance of the latter.
+
+    Needs no label, and tells apart what the accuracy of a few thousand images does not.
+    """
+    deployed = kernel_arithmetic(model)
+    with torch.no_grad():
+        wanted = torch.cat([plain(x) for x in inputs.split(batch)])
+        given = torch.cat([deployed(x) for x in inputs.split(batch)])
+    return float((given - wanted).square().mean() / wanted.var(0, correction=0).mean())
+
+
 def real(training: Tensor, options: Options, seed: int) -> Tensor:
     """As many training images as were asked for, drawn with the seed."""
-    return training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[: options.images]]
+    return training[_drawn(training, seed)[: options.images]]
+
+
+def unseen(training: Tensor | None, options: Options, seed: int) -> Tensor | None:
+    """Training images that `real` leaves, at most UNSEEN; None where there are none."""
+    if training is None or len(training) <= options.images:
+        return None
+    return training[_drawn(training, seed)[options.images :][:UNSEEN]]
+
+
+def _drawn(training: Tensor, seed: int) -> Tensor:
+    return torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
 
 
 def synthetic(subject: Subject, options: Options, seed: int) -> Tensor:

@@ -23,7 +23,8 @@ Methods:
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
 the accuracy: the largest loss of a unit, relative to the power of its output; the largest ratio of such losses from one unit to
 the next, which is the oscillation that MRECG is about; wall seconds; the highest memory of the process while it reconstructs,
-with model, torch, host and test images. Test images give the accuracy and nothing else.
+with model, torch, host and test images; and the error of the outputs on training images that calibrated nothing, in units of
+their variance, by which methods can be chosen without labels. Test images give the accuracy and nothing else.
 
     python benchmarks/reconstruction.py --data DIR --json docs/figures/reconstruction-NAME.json && python benchmarks/tables.py
 """
@@ -73,7 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT = "nearest,AdaRound,BRECQ,QDrop,MRECG ModCap,MRECG loss,ours"
-MEASURES = ("top1", "largest_loss", "largest_ratio", "seconds", "peak_mb")
+MEASURES = ("top1", "output_error", "largest_loss", "largest_ratio", "seconds", "peak_mb")
 
 
 def main() -> None:
@@ -114,14 +115,15 @@ def main() -> None:
                 if len(found[width][method]["top1"]) > position:
                     continue
                 settings = _settings(options.preset, METHODS[method])
-                values = _measured(exported, images, width, settings, seed, subject)
+                unseen = common.unseen(subject.training, options, seed)
+                values = _measured(exported, images, width, settings, seed, subject, unseen)
                 for measure, value in values.items():
                     found[width][method][measure].append(value)
                 line = ", ".join(f"{measure} {value:.4g}" for measure, value in values.items())
                 console.print(f"  {net} seed {seed} {width} {method}: {line}", highlight=False)
                 common.write_json(options, {"images": options.images, "nets": figures})
         rows = [
-            [width, method, *[common.mean_and_spread(values[measure]) for measure in MEASURES]]
+            [width, method, *[common.mean_and_spread(values[measure]) if values[measure] else "-" for measure in MEASURES]]
             for width, methods in found.items()
             for method, values in methods.items()
         ]
@@ -129,15 +131,25 @@ def main() -> None:
 
 
 def _measured(
-    exported: nn.Module, images: Tensor, width: str, settings: ReconstructionSettings, seed: int, subject: common.Subject
+    exported: nn.Module,
+    images: Tensor,
+    width: str,
+    settings: ReconstructionSettings,
+    seed: int,
+    subject: common.Subject,
+    unseen: Tensor | None,
 ) -> dict[str, float]:
-    """One run: every one of MEASURES."""
+    """One run: every one of MEASURES, but for the error of the outputs where there are no images for it."""
     common.forget_peak()
     began = time.perf_counter()
     outcome = common.one_trial(exported, images, int(width[1]), int(width[3]), settings, seed)
     seconds, peak = time.perf_counter() - began, common.memory_mb("VmHWM")
     accuracy = common.top1(outcome.model, subject.test_inputs, subject.test_labels)
-    return dict(zip(MEASURES, (accuracy, *oscillation(outcome.reconstruction), seconds, peak), strict=True))
+    values = {"top1": accuracy}
+    if unseen is not None:
+        values["output_error"] = common.output_error(outcome.model, subject.model.module, unseen)
+    largest_loss, largest_ratio = oscillation(outcome.reconstruction)
+    return values | {"largest_loss": largest_loss, "largest_ratio": largest_ratio, "seconds": seconds, "peak_mb": peak}
 
 
 def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:

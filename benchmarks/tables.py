@@ -19,6 +19,15 @@ from page import cell, conditions, made_by, row, table, unfinished
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- written by benchmarks/tables.py -->", "<!-- end -->"
+MEASURES = {
+    "top1": "top 1",
+    "output_error": "output error",
+    "largest_loss": "largest loss",
+    "largest_ratio": "largest ratio",
+    "seconds": "seconds",
+    "peak_mb": "peak MB",
+}
+DIGITS = {"output_error": 3}
 SUMMARY = ("INC noise", "INC real", "ours, no data")  # columns of the README
 
 
@@ -107,19 +116,17 @@ def _steps(record: dict[str, Any]) -> str:
 
 
 def _methods(record: dict[str, Any]) -> str:
-    measures = {"top 1": "top1", "largest loss": "largest_loss", "largest ratio": "largest_ratio", "seconds": "seconds"}
-    measures["peak MB"] = "peak_mb"
     lines = []
     for net, found in record["nets"].items():
         widths, seeds = ", ".join(found["widths"]), "seeds " + ", ".join(map(str, record["seeds"]))
         images = f"{record['images']} synthetic images" if "--synthetic" in record["command"] else f"{record['images']} images"
+        runs = [(width, method, run) for width, runs in found["widths"].items() for method, run in runs.items() if run["top1"]]
+        measures = {key: heading for key, heading in MEASURES.items() if any(run.get(key) for _, _, run in runs)}
         lines += [f"## {net}, {images}, {widths}, {seeds}", "", f"Float {found['float']:.2f}.", ""]
-        lines += [row(["width", "method", *measures]), row(["---"] * (len(measures) + 2))]
-        for width, methods in found["widths"].items():
-            for method, values in methods.items():
-                if values["top1"]:
-                    lines.append(row([width, method, *[cell(values.get(key, [])) for key in measures.values()]]))
-        lines += ["", f"{found['splits'].capitalize()}."]
+        cells = [
+            [width, method, *[cell(run.get(key, []), DIGITS.get(key, 2)) for key in measures]] for width, method, run in runs
+        ]
+        lines += [*table(["width", "method", *measures.values()], cells), "", f"{found['splits'].capitalize()}."]
     return "\n".join([*lines, *conditions(record)])
 
 

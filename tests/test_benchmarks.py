@@ -31,6 +31,26 @@ def common(root: Path) -> Iterator[Any]:
     del sys.modules[spec.name]
 
 
+def test_the_error_of_outputs_is_in_units_of_their_variance(common: Any) -> None:
+    plain, shifted = torch.nn.Linear(1, 2), torch.nn.Linear(1, 2)
+    with torch.no_grad():
+        for layer, bias in ((plain, [0.0, 0.0]), (shifted, [3.0, 1.0])):
+            layer.weight.copy_(torch.tensor([[1.0], [2.0]]))
+            layer.bias.copy_(torch.tensor(bias))
+    inputs = torch.tensor([[-1.0], [1.0]])  # outputs vary by 1 and 4, and are off by 3 and 1
+    assert common.output_error(shifted, plain, inputs, batch=1) == pytest.approx((9 + 1) / (1 + 4))
+    assert common.output_error(plain, plain, inputs) == 0
+
+
+def test_images_that_judge_outputs_have_not_calibrated(common: Any) -> None:
+    training, options = torch.arange(10.0), common.Options(Path(), ("net",), ((4, 4),), (3,), None, "fast", None, images=6)
+    drawn, rest = common.real(training, options, seed=3), common.unseen(training, options, seed=3)
+    assert sorted([*drawn.tolist(), *rest.tolist()]) == training.tolist()
+    assert len(rest) == 4
+    assert common.unseen(training[:6], options, seed=3) is None
+    assert common.unseen(None, options, seed=3) is None
+
+
 def test_the_tables_of_the_docs_are_what_the_recorded_figures_say(root: Path) -> None:
     assert run(root, "tables.py", "--check").returncode == 0
 
