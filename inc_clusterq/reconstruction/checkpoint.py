@@ -32,7 +32,7 @@ from inc_clusterq.resuming import State
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "sha256"  # key in a file's metadata
-FORMAT = 4  # raised whenever the meaning of a file or the course of the optimisation changes
+FORMAT = 5  # raised whenever the meaning of a file or the course of the optimisation changes
 # These choose units, where their tensors are kept, or what comes after the last of them.
 NOT_THE_UNITS = {
     "granularity",
@@ -43,7 +43,6 @@ NOT_THE_UNITS = {
     "memory_budget",
     "end_to_end_iterations",
     "end_to_end_learning_rate",
-    "mixtures",  # counts where it is on: without it keys are those of versions that had no such setting
 }
 
 
@@ -57,8 +56,7 @@ class UnitStore:
         """The chain before its first unit."""
         digest = hashlib.sha256()
         chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
-        mixed = ["mixtures"] if settings.mixtures else []
-        digest.update(json.dumps([FORMAT, seed, chosen, quantized.bits, *mixed], sort_keys=True).encode())
+        digest.update(json.dumps([FORMAT, seed, chosen, quantized.bits], sort_keys=True).encode())
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases
                 digest.update(_bytes(attribute(quantized.graph_module, str(node.target))))

@@ -17,11 +17,11 @@ from torch import Tensor
 from inc_clusterq.reconstruction.moments import Moments
 from inc_clusterq.reconstruction.ranges import EPSILON, signed_levels
 
-# Both are shares of A's mean diagonal. GPTQ has 0.01; 0.1 is by trial.
-DAMPING = 0.1  # added to the diagonal of A
+# All are shares of A's mean diagonal, and by trial.
+DAMPING = 0.1  # added to the diagonal of A; GPTQ has 0.01
 MOST_DAMPING = 1e9  # with more A counts for nothing; only NaN or infinity comes here
-PULL = 0.1  # of w* towards w; with few samples n more, since w* then fits them rather than what is behind them
-FEW_SAMPLES = 4.0  # weight of n / samples in the pull
+PULL = 3.0  # of w* towards w: only directions in which the input varies more than on average adapt
+FEW_SAMPLES = 4.0  # weight of n / samples, added to it: with few samples w* fits them rather than what is behind them
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # steps tried, as shares of the one without clipping
 PASSES = 4  # of coordinate descent
 NOISE = 1e-5  # of the power of an input: more than single precision leaves of a variance that is zero
