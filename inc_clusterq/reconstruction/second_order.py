@@ -4,6 +4,7 @@ With x the layer's float input, x^ the one that the quantized layers before it h
 free, a row w of the weights wants integers q and a step s with
     min E (w'(x - m) - s q'(x^ - m^))^2 = (s q - w*)' A (s q - w*) + const,
     A = Cov(x^),   w* = A^-1 Cov(x^, x) w                         the float weights that suit the input that there is.
+Where the input varies little w* would rather suit the calibration images, and is drawn back to w (`PULL`).
 Rounding column by column and moving each error on to the columns left is OBQ (arXiv 2208.11580) in the order of GPTQ
 (arXiv 2210.17323). Every row is solved for several steps s, and the one of least error stays; passes of coordinate descent on
 the same quadratic follow. Groups are solved side by side; a depthwise convolution is a group of n = 9 per channel.

@@ -90,6 +90,15 @@ def test_weights_adapt_to_an_input_that_was_changed(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(found @ change, weight)  # w*' (M x) = w' x
 
 
+def test_weights_adapt_where_the_input_varies_more_than_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_order, "FEW_SAMPLES", 0.0)
+    x = torch.tensor([[[7.0, 7.0, -7.0, -7.0], [1.0, -1.0, 1.0, -1.0]]], dtype=torch.float64)  # variances 49 and 1
+    found = adapted(torch.ones(1, 1, 2, dtype=torch.float64), moments(2 * x, x))  # halves would make up for all of it
+    pull = 3 * (4 * 49 + 4 * 1) / 2
+    expected = torch.tensor([[[(2 * 49 + pull) / (4 * 49 + pull), (2 * 1 + pull) / (4 * 1 + pull)]]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected)  # 0.80 and 0.99
+
+
 def test_with_few_samples_weights_hardly_adapt() -> None:
     x, weight = inputs(1, 40, samples=20), rows(1, 4, 40)
     noisy = x + 0.5 * inputs(1, 40, samples=40)[..., 20:]
