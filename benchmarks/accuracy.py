@@ -20,6 +20,7 @@ from typing import Any
 import common
 import torch
 from continuing import Earlier
+from page import cell
 from rich.console import Console
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
@@ -41,10 +42,7 @@ def main() -> None:
         for found in _measured(net, subject, options, earlier, console):
             figures[net] = found
             common.write_json(options, {"images": common.IMAGES, "top1": figures})
-        rows = [
-            [width, *[common.mean_and_spread(found[column]) if found.get(column) else "-" for column in COLUMNS]]
-            for width, found in figures[net]["top1"].items()
-        ]
+        rows = [[width, *[cell(found[column]) for column in COLUMNS]] for width, found in figures[net]["top1"].items()]
         title = f"{net}, float {figures[net]['float']:.2f}"
         common.print_table(title, ("width", *COLUMNS), rows, console)
 

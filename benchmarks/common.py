@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -302,13 +301,6 @@ def command(options: Options) -> str:
         f"--json {options.json}" if options.json else "",
     ]
     return " ".join(word for word in words if word)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """`90.87 ± 0.12`: mean and standard deviation over seeds; the bare value where there is one only."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:

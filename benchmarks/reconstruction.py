@@ -37,6 +37,7 @@ from typing import Any
 
 import common
 from continuing import Earlier
+from page import cell
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -111,11 +112,11 @@ def main() -> None:
             earlier.fill(found[width][method], "nets", net, "widths", width, method)
         for position, seed in enumerate(options.seeds):
             images = common.synthetic(subject, options, seed) if training is None else common.real(training, options, seed)
+            unseen = common.unseen(subject.training, options, seed)
             for width, method in product(widths, options.compared):
                 if len(found[width][method]["top1"]) > position:
                     continue
                 settings = _settings(options.preset, METHODS[method])
-                unseen = common.unseen(subject.training, options, seed)
                 values = _measured(exported, images, width, settings, seed, subject, unseen)
                 for measure, value in values.items():
                     found[width][method][measure].append(value)
@@ -123,7 +124,7 @@ def main() -> None:
                 console.print(f"  {net} seed {seed} {width} {method}: {line}", highlight=False)
                 common.write_json(options, {"images": options.images, "nets": figures})
         rows = [
-            [width, method, *[common.mean_and_spread(values[measure]) if values[measure] else "-" for measure in MEASURES]]
+            [width, method, *[cell(values[measure]) for measure in MEASURES]]
             for width, methods in found.items()
             for method, values in methods.items()
         ]

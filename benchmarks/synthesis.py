@@ -32,6 +32,7 @@ from typing import Any
 import common
 import torch
 from continuing import Earlier
+from page import cell
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -111,7 +112,7 @@ def main() -> None:
 
 def _cells(found: dict[str, Any]) -> list[str]:
     costs = [found["seconds"], found["peak_mb"]]
-    return [common.mean_and_spread(values) if values else "-" for values in [*found["top1"].values(), *costs]]
+    return [cell(values) for values in [*found["top1"].values(), *costs]]
 
 
 def _measured(

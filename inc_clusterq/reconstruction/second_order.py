@@ -4,7 +4,7 @@ With x the layer's float input, x^ the one that the quantized layers before it h
 free, a row w of the weights wants integers q and a step s with
     min E (w'(x - m) - s q'(x^ - m^))^2 = (s q - w*)' A (s q - w*) + const,
     A = Cov(x^),   w* = A^-1 Cov(x^, x) w                         the float weights that suit the input that there is.
-Where the input varies little w* would rather suit the calibration images, and is drawn back to w (`PULL`).
+Where the input varies little, w* is drawn back to w (`PULL`), so that it does not suit the calibration images alone.
 Rounding column by column and moving each error on to the columns left is OBQ (arXiv 2208.11580) in the order of GPTQ
 (arXiv 2210.17323). Every row is solved for several steps s, and the one of least error stays; passes of coordinate descent on
 the same quadratic follow. Groups are solved side by side; a depthwise convolution is a group of n = 9 per channel.
@@ -21,7 +21,7 @@ from inc_clusterq.reconstruction.ranges import EPSILON, signed_levels
 # All are shares of A's mean diagonal, and by trial.
 DAMPING = 0.1  # added to the diagonal of A; GPTQ has 0.01
 MOST_DAMPING = 1e9  # with more A counts for nothing; only NaN or infinity comes here
-PULL = 3.0  # of w* towards w: only directions in which the input varies more than on average adapt
+PULL = 3.0  # of w* towards w: only directions in which the input varies several times as much as on average adapt
 FEW_SAMPLES = 4.0  # weight of n / samples, added to it: with few samples w* fits them rather than what is behind them
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # steps tried, as shares of the one without clipping
 PASSES = 4  # of coordinate descent

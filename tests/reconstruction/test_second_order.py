@@ -90,7 +90,7 @@ def test_weights_adapt_to_an_input_that_was_changed(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(found @ change, weight)  # w*' (M x) = w' x
 
 
-def test_weights_adapt_where_the_input_varies_more_than_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_adapt_where_the_input_varies_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_order, "FEW_SAMPLES", 0.0)
     x = torch.tensor([[[7.0, 7.0, -7.0, -7.0], [1.0, -1.0, 1.0, -1.0]]], dtype=torch.float64)  # variances 49 and 1
     found = adapted(torch.ones(1, 1, 2, dtype=torch.float64), moments(2 * x, x))  # halves would make up for all of it
