@@ -28,6 +28,7 @@ from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits, fingerprint
+from inc_clusterq.reconstruction.mixing import without_data
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
@@ -242,11 +243,21 @@ def synthetic(subject: Subject, options: Options, seed: int) -> Tensor:
 
 
 def reconstructed(
-    exported: nn.Module, images: Tensor, weight: int, activation: int, seed: int, options: Options, **keys: Any
+    exported: nn.Module,
+    images: Tensor,
+    weight: int,
+    activation: int,
+    seed: int,
+    options: Options,
+    *,
+    no_data: bool = False,  # with the defaults of a job without data
+    **keys: Any,
 ) -> nn.Module:
     """Ours, in one trial, so that nothing is selected: ModCap granularity at the preset's effort, with `keys` changed."""
     preset = ReconstructionSettings.PRESETS[options.preset]
     settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
+    if no_data:
+        settings = without_data(settings, images.shape[1:], activation)
     return one_trial(exported, images, weight, activation, settings, seed).model
 
 

@@ -83,6 +83,8 @@ class Reconstruction:
     units: tuple[UnitReport, ...]
     base: tuple[UnitReport, ...] = field(default=())
     end_to_end: EndToEnd | None = None
+    views: int = 1  # of each calibration image, itself included
+    mixtures: bool = False  # whether it was learned from mixtures of images
 
 
 def reconstruct(
@@ -101,6 +103,7 @@ def reconstruct(
     """
     if len(inputs) == 0:
         raise ValueError("reconstruction needs calibration images; none were given")
+    settings = settings.model_copy(update={"mixtures": bool(settings.mixtures)})  # left open is no, with the same units
     views = count_views(inputs, settings)
     inputs = with_views(inputs, views, torch.Generator().manual_seed(seed), mirror=settings.mirror)
     initialise_activations(quantized, inputs, FORWARD_BATCH)
@@ -119,7 +122,7 @@ def reconstruct(
         run = loop.run(_units(quantized, granularity, settings))
     last = loop.end_to_end(run)
     set_mode(quantized.graph_module, Mode.HARD)
-    return Reconstruction(granularity, run.reports, base, last)
+    return Reconstruction(granularity, run.reports, base, last, views, bool(settings.mixtures))
 
 
 def _units(quantized: QuantizedGraph, granularity: str, settings: ReconstructionSettings) -> Sequence[Unit]:

@@ -4,7 +4,7 @@ With x the layer's float input, x^ the one that the quantized layers before it h
 free, a row w of the weights wants integers q and a step s with
     min E (w'(x - m) - s q'(x^ - m^))^2 = (s q - w*)' A (s q - w*) + const,
     A = Cov(x^),   w* = A^-1 Cov(x^, x) w                         the float weights that suit the input that there is.
-Where the input varies little, w* is drawn back to w (`PULL`), so that it does not suit the calibration images alone.
+Where the input varies little, w* is drawn back to w (the pull), so that it does not suit the calibration images alone.
 Rounding column by column and moving each error on to the columns left is OBQ (arXiv 2208.11580) in the order of GPTQ
 (arXiv 2210.17323). Every row is solved for several steps s, and the one of least error stays; passes of coordinate descent on
 the same quadratic follow. Groups are solved side by side; a depthwise convolution is a group of n = 9 per channel.
@@ -22,6 +22,7 @@ from inc_clusterq.reconstruction.ranges import EPSILON, signed_levels
 DAMPING = 0.1  # added to the diagonal of A; GPTQ has 0.01
 MOST_DAMPING = 1e9  # with more A counts for nothing; only NaN or infinity comes here
 PULL = 3.0  # of w* towards w: only directions in which the input varies several times as much as on average adapt
+DISTRUSTFUL_PULL = 30.0  # the same for images whose correlations are not to be relied on
 FEW_SAMPLES = 4.0  # weight of n / samples, added to it: with few samples w* fits them rather than what is behind them
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # steps tried, as shares of the one without clipping
 PASSES = 4  # of coordinate descent
@@ -33,9 +34,10 @@ def best_rounding(
     weight: Tensor,  # shape: (G, R, n)
     moments: Moments,
     bits: int,
+    pull: float = PULL,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers (G, R, n), steps (G, R, 1), and the real-valued levels w* / s that the integers stand for."""
-    target = adapted(weight, moments)
+    target = adapted(weight, moments, pull)
     hessian, upper = _factored(moments)
     lowest, highest = signed_levels(bits)
     full = torch.maximum(target.amax(-1, keepdim=True) / highest, target.amin(-1, keepdim=True) / lowest).clamp_min(EPSILON)
@@ -51,12 +53,12 @@ def best_rounding(
     return descend(integers, target, hessian, scale, lowest, highest), scale, target / scale
 
 
-def adapted(weight: Tensor, moments: Moments) -> Tensor:
+def adapted(weight: Tensor, moments: Moments, pull: float = PULL) -> Tensor:
     """w*; shapes (G, R, n)."""
-    pull = PULL + FEW_SAMPLES * weight.shape[-1] / moments.samples
-    damping = pull * _unit(moments)
+    share = pull + FEW_SAMPLES * weight.shape[-1] / moments.samples
+    damping = share * _unit(moments)
     wanted = weight @ moments.cross.mT + damping * weight
-    solved: Tensor = torch.linalg.solve(_damped(moments, pull), wanted.mT)
+    solved: Tensor = torch.linalg.solve(_damped(moments, share), wanted.mT)
     return solved.mT
 
 

@@ -132,11 +132,12 @@ class ReconstructionSettings(BaseModel):
         description="Mirror every other view left to right where there are three channels. `false` for content that has a "
         "reading direction, such as digits or signs.",
     )
-    mixtures: bool = Field(
-        False,
+    mixtures: bool | None = Field(
+        None,
         description="Learn from mixtures of two images each, to which the float network gives the targets, instead of the "
-        "images. For large synthetic images and activations of fewer than 8 bits; with real images, and with 8 bits, nothing "
-        "was gained, and small images were not tried.",
+        "images, and let the second-order start adapt to these less. With real images, and with 8 bits, nothing was gained; "
+        f"small images were not tried. Empty: true where a job has no data, images have {LARGE} pixels or more and activations "
+        "fewer than 8 bits; otherwise, and in `MRECGConfig`, which cannot know, false.",
     )
     validation_share: float = Field(
         0.125,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from inc_clusterq.reconstruction.mixing import Mixture
+from inc_clusterq.reconstruction.mixing import Mixture, without_data
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 
 def test_a_mixture_is_a_share_of_the_image_and_the_rest_of_the_other_one() -> None:
@@ -28,3 +30,22 @@ def test_one_seed_draws_one_mixture() -> None:
     first, same, other = (Mixture.draw(8, torch.Generator().manual_seed(seed)).share for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "said", "expected"),
+    [
+        ((3, 96, 128), 4, None, True),
+        ((3, 96, 128), 7, None, True),
+        ((3, 96, 128), 8, None, False),
+        ((3, 95, 128), 4, None, False),  # small images were not tried
+        ((128,), 4, None, False),
+        ((3, 96, 128), 4, False, False),
+        ((3, 32, 32), 8, True, True),
+    ],
+)
+def test_without_data_large_images_are_mixed_below_8_bits_unless_the_user_said(
+    shape: tuple[int, ...], bits: int, said: bool | None, expected: bool
+) -> None:
+    settings = ReconstructionSettings(mixtures=said, iterations=7)
+    assert without_data(settings, shape, bits) == ReconstructionSettings(mixtures=expected, iterations=7)
