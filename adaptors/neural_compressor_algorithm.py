@@ -30,10 +30,12 @@ from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfi
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import ModelError
+from inc_clusterq.origin import are_synthetic
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.granularity import explicit_units
+from inc_clusterq.reconstruction.mixing import without_data
 from inc_clusterq.reconstruction.quantizers import install_quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 
@@ -90,6 +92,7 @@ class _Calibration:
     example: Tensor
     reference: Tensor  # the float model's outputs for `example`
     batches: list[Tensor]
+    synthetic: list[bool]  # whether that was said, of each batch
     hook: Any
     dynamic_shapes: Any  # as the model was exported; the host's `save` wants them
 
@@ -108,12 +111,14 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
     # A copy: the exported graph shares its parameters with the user's float model.
     prepared: fx.GraphModule = deepcopy(W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(model))
     batches: list[Tensor] = []
+    synthetic: list[bool] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         batches.append(inputs[0].detach())
+        synthetic.append(are_synthetic())
 
     hook = prepared.register_forward_pre_hook(keep)
-    prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, hook, dynamic_shapes)
+    prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, synthetic, hook, dynamic_shapes)
     return prepared
 
 
@@ -158,6 +163,8 @@ def _reconstruct(
     prepared: fx.GraphModule, inputs: Tensor, plan: BitPlan, config: MRECGConfig, calibration: _Calibration
 ) -> tuple[fx.GraphModule, Reconstruction]:
     settings = config.reconstruction_settings()
+    if all(calibration.synthetic):
+        settings = without_data(settings, inputs.shape[1:], plan.activation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)

@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.environment import environment
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits, fingerprint
-from inc_clusterq.reconstruction.mixing import without_data
+from inc_clusterq.origin import synthetic_images
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
@@ -256,9 +257,8 @@ def reconstructed(
     """Ours, in one trial, so that nothing is selected: ModCap granularity at the preset's effort, with `keys` changed."""
     preset = ReconstructionSettings.PRESETS[options.preset]
     settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
-    if no_data:
-        settings = without_data(settings, images.shape[1:], activation)
-    return one_trial(exported, images, weight, activation, settings, seed).model
+    with synthetic_images() if no_data else nullcontext():
+        return one_trial(exported, images, weight, activation, settings, seed).model
 
 
 def one_trial(

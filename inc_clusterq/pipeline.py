@@ -25,10 +25,10 @@ from inc_clusterq.errors import ConfigError, DatasetError
 from inc_clusterq.evaluation import accuracy, agreement
 from inc_clusterq.labelled import load_labelled
 from inc_clusterq.models import FloatModel, load_model
+from inc_clusterq.origin import synthetic_images
 from inc_clusterq.output import RESULT, check_output, filled_whole
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.bits import LayerBits
-from inc_clusterq.reconstruction.mixing import without_data
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
 from inc_clusterq.result import Result, Row
@@ -53,9 +53,9 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
     seconds: dict[str, float] = {}
     check_output(config.output, overwrite=overwrite)
     strategy, adaptor = _strategy(config), find(ADAPTORS, config.tuning.host)()
-    model = load_model(config.model)
-    request = _request(config, model.input.shape)
+    request = _request(config)
     trials = strategy.trials(request)
+    model = load_model(config.model)
     batch_norms(model.module)  # said at once, not after the export
     with _timed(seconds, "export"):
         exported = adaptor.export(model)
@@ -69,7 +69,8 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
     batches = calibration.split(config.quantization.calibration.dataloader.batch_size)
     with _timed(seconds, "tuning"):
         workspace = config.tuning.workspace.path / "units"
-        outcome = adaptor.tune(exported, batches, trials, request, judge.score, workspace, progress)
+        with synthetic_images():
+            outcome = adaptor.tune(exported, batches, trials, request, judge.score, workspace, progress)
     with _timed(seconds, "static baseline"):
         static = adaptor.quantize_static(exported, _noise(batches, request.seed))
         scores = {FLOAT: outcome.float_score, STATIC: judge.score(static), OURS: outcome.best.score}
@@ -148,13 +149,12 @@ def _strategy(config: Config) -> Strategy:
     return strategy
 
 
-def _request(config: Config, shape: Sequence[int]) -> TuningRequest:
+def _request(config: Config) -> TuningRequest:
     quantization = config.quantization
-    activation_bits = quantization.model_wise.activation.bits
     return TuningRequest(
         weight_bits=quantization.model_wise.weight.bits,
-        activation_bits=activation_bits,
-        settings=without_data(_within_range(quantization), shape, activation_bits),
+        activation_bits=quantization.model_wise.activation.bits,
+        settings=_within_range(quantization),
         layers={name: _layer_bits(widths) for name, widths in quantization.op_wise.items()},
         kinds={kind: _layer_bits(widths) for kind, widths in quantization.optype_wise.items()},
         max_trials=config.tuning.exit_policy.max_trials,

@@ -136,8 +136,8 @@ class ReconstructionSettings(BaseModel):
         None,
         description="Learn from mixtures of two images each, to which the float network gives the targets, instead of the "
         "images, and let the second-order start adapt to these less. With real images, and with 8 bits, nothing was gained; "
-        f"small images were not tried. Empty: true where a job has no data, images have {LARGE} pixels or more and activations "
-        "fewer than 8 bits; otherwise, and in `MRECGConfig`, which cannot know, false.",
+        "small images were not tried. Empty: true for synthetic images (of a job, or by `ClusterQDataLoader.calibrate`) of "
+        f"{LARGE} pixels or more where activations have fewer than 8 bits, otherwise false.",
     )
     validation_share: float = Field(
         0.125,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import fingerprint, read_output
+from inc_clusterq.origin import synthetic_images
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.synthesis.dataset import SyntheticDataset
 from inc_clusterq.synthesis.refine import random_samples
@@ -98,9 +99,12 @@ class ClusterQDataLoader:
         return ({0: torch.export.Dim("batch", min=1, max=MOST_PER_BATCH)},)
 
     def calibrate(self, model: nn.Module) -> None:
-        """Run every batch through `model` without gradients: the host's `run_fn`."""
+        """Run every batch through `model` without gradients: the host's `run_fn`.
+
+        MRECG then knows that these images are synthetic.
+        """
         anchor = next(chain(model.parameters(), model.buffers()), None)
-        with torch.no_grad():
+        with torch.no_grad(), synthetic_images():
             for inputs, _ in self:
                 model(inputs if anchor is None else inputs.to(anchor.device))
 

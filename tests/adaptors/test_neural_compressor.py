@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
 from inc_clusterq.errors import ClusterQError, ModelError
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel
+from inc_clusterq.origin import synthetic_images
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
@@ -63,6 +64,29 @@ def run_fn(inputs: Tensor) -> Callable[[nn.Module], None]:
             model(batch)
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("said", "bits", "mixtures"),
+    [((True, True), 4, True), ((True, True), 8, False), ((True, False), 4, False), ((False, False), 4, False)],
+)
+def test_large_images_are_mixed_below_8_bits_where_all_of_them_are_said_to_be_synthetic(
+    exported: nn.Module,
+    inputs: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    said: tuple[bool, bool],
+    bits: int,
+    mixtures: bool,
+) -> None:
+    monkeypatch.setattr("inc_clusterq.inputs.LARGE", min(inputs.shape[2:]))  # pixels of the shorter side
+
+    def run(model: nn.Module) -> None:
+        for batch, synthetic in zip(inputs.chunk(2), said, strict=True):
+            with synthetic_images() if synthetic else nullcontext():
+                model(batch)
+
+    found: Any = quantize(exported, MRECGConfig(w_bits=4, act_bits=bits, iterations=2), run_fn=run)
+    assert found.reconstruction.mixtures is mixtures
 
 
 @torch.no_grad()
