@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 CHECKSUM = "sha256"  # key in a file's metadata
 FORMAT = 5  # raised whenever the meaning of a file or the course of the optimisation changes
+MIXTURES_FORMAT = 2  # the same, where it changes for units that learn from mixtures and for no others
 # These choose units, where their tensors are kept, or what comes after the last of them.
 NOT_THE_UNITS = {
     "granularity",
@@ -56,7 +57,8 @@ class UnitStore:
         """The chain before its first unit."""
         digest = hashlib.sha256()
         chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
-        digest.update(json.dumps([FORMAT, seed, chosen, quantized.bits], sort_keys=True).encode())
+        formats = [FORMAT, MIXTURES_FORMAT] if settings.mixtures else [FORMAT]
+        digest.update(json.dumps([*formats, seed, chosen, quantized.bits], sort_keys=True).encode())
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases
                 digest.update(_bytes(attribute(quantized.graph_module, str(node.target))))
