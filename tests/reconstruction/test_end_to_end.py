@@ -93,7 +93,8 @@ def test_from_mixtures_it_learns_what_the_float_network_gives_for_mixtures(
 ) -> None:
     keys = {"iterations": 0, "start": "nearest", "mixtures": True}
     _, inputs = network(name)
-    mixed = Mixture.draw(len(inputs), torch.Generator().manual_seed(5)).of(inputs)
+    generator = torch.Generator().manual_seed(5)
+    mixed = torch.cat([Mixture.draw(len(inputs), generator).of(inputs) for _ in range(20)])
 
     @torch.no_grad()
     def error(graph: QuantizedGraph) -> float:
@@ -102,7 +103,7 @@ def test_from_mixtures_it_learns_what_the_float_network_gives_for_mixtures(
             return float((outputs - graph.graph_module(mixed)).square().sum())
 
     _, before, _ = run(name, quick(end_to_end_iterations=0, **keys))
-    _, after, _ = run(name, quick(end_to_end_iterations=100, **keys))
+    _, after, _ = run(name, quick(end_to_end_iterations=300, **keys))
     assert error(after) < error(before)
 
 
