@@ -1,167 +1,31 @@
 from __future__ import annotations
 
 import copy
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from neural_compressor.torch.export import export
-from neural_compressor.torch.quantization import TuningConfig, autotune, convert, prepare, quantize
+from neural_compressor.torch.quantization import TuningConfig, autotune, quantize
 from torch import Tensor, nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
 from inc_clusterq.errors import ClusterQError, ModelError
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel
-from inc_clusterq.origin import synthetic_images
-from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.bits import LayerBits
-from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.tuning import Trial, TuningRequest
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 QUICK = {"iterations": 4, "batch_size": 8}
 DYNAMIC = ({0: torch.export.Dim("batch", min=1, max=64)},)
-
-
-@pytest.fixture(autouse=True)
-def _silent_host() -> Iterator[None]:
-    logger = logging.getLogger("neural_compressor")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    yield
-    logger.setLevel(before)
-
-
-@pytest.fixture
-def exported(network: Network) -> nn.Module:
-    """The host's export of a residual network."""
-    module, inputs = network("residual")
-    result: nn.Module = export(module, (inputs[:2],), dynamic_shapes=DYNAMIC)
-    return result
-
-
-@pytest.fixture
-def inputs(network: Network) -> Tensor:
-    return network("residual")[1]
-
-
-@pytest.fixture
-def run_fn(inputs: Tensor) -> Callable[[nn.Module], None]:
-    """Calibration in batches, the last one short."""
-
-    def run(model: nn.Module) -> None:
-        for batch in inputs.split(10):
-            model(batch)
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("said", "bits", "mixtures"),
-    [((True, True), 4, True), ((True, True), 8, False), ((True, False), 4, False), ((False, False), 4, False)],
-)
-def test_large_images_are_mixed_below_8_bits_where_all_of_them_are_said_to_be_synthetic(
-    exported: nn.Module,
-    inputs: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-    said: tuple[bool, bool],
-    bits: int,
-    mixtures: bool,
-) -> None:
-    monkeypatch.setattr("inc_clusterq.inputs.LARGE", min(inputs.shape[2:]))  # pixels of the shorter side
-
-    def run(model: nn.Module) -> None:
-        for batch, synthetic in zip(inputs.chunk(2), said, strict=True):
-            with synthetic_images() if synthetic else nullcontext():
-                model(batch)
-
-    found: Any = quantize(exported, MRECGConfig(w_bits=4, act_bits=bits, iterations=2), run_fn=run)
-    assert found.reconstruction.mixtures is mixtures
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("inplace", [True, False])
-def test_prepare_and_convert_are_quantize_in_two_steps(
-    exported: nn.Module, inputs: Tensor, run_fn: Callable[[nn.Module], None], inplace: bool
-) -> None:
-    config = MRECGConfig(w_bits=3, act_bits=4, **QUICK)  # type: ignore[arg-type]
-    other = copy.deepcopy(exported)
-    other._exported, other.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
-    prepared = prepare(other, config)
-    run_fn(prepared)
-    in_two_steps = convert(prepared, inplace=inplace)
-    at_once = quantize(exported, config, run_fn=run_fn)
-    assert torch.equal(in_two_steps(inputs), at_once(inputs))
-
-
-@torch.no_grad()
-def test_quantizing_leaves_the_users_float_model_alone(network: Network) -> None:
-    module, inputs = network("transposed")  # has layers without BatchNorm, whose weights the exported graph shares
-    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    result = quantize(
-        export(module, (inputs[:2],), dynamic_shapes=DYNAMIC),
-        MRECGConfig(w_bits=2, **QUICK),  # type: ignore[arg-type]
-        run_fn=lambda model: model(inputs),
-    )
-    assert not torch.equal(result(inputs), module(inputs))
-    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
-    assert all(parameter.requires_grad for parameter in module.parameters())
-
-
-def test_run_args_reach_the_calibration(exported: nn.Module, inputs: Tensor) -> None:
-    seen = []
-
-    def run(model: nn.Module, images: Tensor) -> None:
-        seen.append(len(images))
-        model(images)
-
-    quantize(exported, MRECGConfig(**QUICK), run_fn=run, run_args=(inputs,))  # type: ignore[arg-type]
-    assert seen == [24]
-
-
-def test_a_layers_own_bits_reach_the_graph(exported: nn.Module, run_fn: Callable[[nn.Module], None]) -> None:
-    config = MRECGConfig(w_bits=8, layer_bits={"one.conv1.0": (2, None)}, **QUICK)  # type: ignore[arg-type]
-    model = quantize(exported, config, run_fn=run_fn)
-    levels = [int(tensor.unique().numel()) for tensor in model.buffers() if tensor.dtype is torch.int8]
-    assert sum(count <= 4 for count in levels) == 1
-
-
-def test_an_unknown_layer_is_an_error_that_lists_the_known_ones(
-    exported: nn.Module, run_fn: Callable[[nn.Module], None]
-) -> None:
-    config = MRECGConfig(layer_bits={"conv9": (2, None)}, **QUICK)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match=r"conv9; it has: stem\.0"):
-        quantize(exported, config, run_fn=run_fn)
-
-
-@torch.no_grad()
-def test_units_that_fall_back_are_those_with_the_largest_relative_loss(
-    exported: nn.Module, run_fn: Callable[[nn.Module], None]
-) -> None:
-    def make(units: int) -> Reconstruction:
-        source = copy.deepcopy(exported)
-        source._exported, source.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
-        config = MRECGConfig(w_bits=2, act_bits=2, granularity="block", fallback_units=units, **QUICK)  # type: ignore[arg-type]
-        result: Reconstruction = quantize(source, config, run_fn=run_fn).reconstruction
-        return result
-
-    plain, raised = make(0), make(1)
-    assert [unit.lowest_bits for unit in plain.units] == [8, 2, 2, 8]
-    worst = max((1, 2), key=lambda i: plain.units[i].relative_loss)
-    capacities = [b.capacity / a.capacity for a, b in zip(plain.units, raised.units, strict=True)]
-    assert capacities[worst] == pytest.approx(4)  # 8 bits in place of 2
-    assert all(ratio == 1 for i, ratio in enumerate(capacities) if i != worst)
-    assert [unit.lowest_bits for unit in raised.units][worst] == 8
 
 
 @contextmanager
@@ -256,24 +120,6 @@ def test_the_request_reaches_the_reconstruction(exported: nn.Module, inputs: Ten
     assert capacities["two.conv1.0 .. two.conv2.0"] == pytest.approx(8 * 1.6 * 1152 + 2 * 2304)
 
 
-def test_reconstruction_reports_to_the_progress_that_watches(exported: nn.Module, run_fn: Callable[[nn.Module], None]) -> None:
-    class Recorder:
-        done = 0
-
-        @contextmanager
-        def stage(self, title: str, total: int) -> Iterator[Stage]:
-            self.total = total
-            yield self
-
-        def advance(self, steps: int = 1, note: str = "") -> None:
-            self.done += steps
-
-    recorder = Recorder()
-    with watched_by(recorder):
-        quantize(exported, MRECGConfig(granularity="layer", **QUICK), run_fn=run_fn)  # type: ignore[arg-type]
-    assert recorder.done == recorder.total == 4 * 4
-
-
 LOADER = """
 import sys, torch
 from neural_compressor.torch.quantization import load
@@ -352,45 +198,6 @@ class FixedBatch(nn.Module):
 def test_a_model_that_cannot_be_exported_is_named_with_the_reason(module: nn.Module) -> None:
     with pytest.raises(ModelError, match=r"net cannot be exported: \w+: \w+"):
         NeuralCompressorAdaptor().export(float_model(module, (4,)))
-
-
-def test_a_model_that_was_not_exported_is_refused(network: Network) -> None:
-    module, inputs = network("chain")
-    with pytest.raises(ModelError, match=r"call neural_compressor\.torch\.export\.export"):
-        quantize(module, MRECGConfig(), run_fn=lambda model: model(inputs))
-
-
-def test_a_model_that_was_not_prepared_is_refused(exported: nn.Module) -> None:
-    with pytest.raises(ModelError, match="has not been prepared"):
-        convert(exported, MRECGConfig())
-
-
-def test_a_model_with_several_inputs_is_refused() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            result: Tensor = (self.a(x) + self.b(y)).mean((2, 3))
-            return result
-
-    pair = (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8))
-    with pytest.raises(ModelError, match="the model has 2 inputs"):
-        quantize(export(Two(), pair), MRECGConfig(), run_fn=lambda model: model(*pair))
-
-
-def test_a_model_without_weights_is_refused() -> None:
-    inputs = torch.randn(4, 3, 8, 8)
-    exported = export(nn.Sequential(nn.ReLU(), nn.Flatten()), (inputs,))
-    with pytest.raises(ModelError, match="no convolution or linear operator"):
-        quantize(exported, MRECGConfig(), run_fn=lambda model: model(inputs))
-
-
-@pytest.mark.parametrize("run_fn", [None, lambda model: None])
-def test_missing_calibration_images_are_an_error(exported: nn.Module, run_fn: Callable[[nn.Module], None] | None) -> None:
-    with pytest.raises(ModelError, match="no calibration image has passed"):
-        quantize(exported, MRECGConfig(), run_fn=run_fn)
 
 
 @torch.no_grad()
