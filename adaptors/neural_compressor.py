@@ -14,10 +14,11 @@ import torch
 from neural_compressor.torch.export import export as host_export
 from neural_compressor.torch.quantization import INT8StaticQuantConfig, TuningConfig, autotune, load
 from neural_compressor.torch.quantization import quantize as host_quantize
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
+from inc_clusterq.canonical import canonicalise
 from inc_clusterq.errors import ClusterQError, ModelError
 from inc_clusterq.models import FloatModel
 from inc_clusterq.progress import SILENT, Progress
@@ -37,7 +38,7 @@ class NeuralCompressorAdaptor:
     name = "neural_compressor"
 
     def export(self, model: FloatModel) -> nn.Module:
-        """The host's export with a free batch dimension, checked against the original.
+        """The host's export with a free batch dimension, in operators that its quantizer knows, checked against the original.
 
         Raises:
             ModelError: the model cannot be exported, or the exported graph computes something else.
@@ -46,10 +47,12 @@ class NeuralCompressorAdaptor:
         dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
         with _quiet(logging.CRITICAL):
             try:
-                exported: nn.Module = host_export(model.module, (example,), dynamic_shapes=dynamic_shapes)
+                exported = host_export(model.module, (example,), dynamic_shapes=dynamic_shapes)
             except RuntimeError as error:
                 reason = _why_not_exported(model.module, example, dynamic_shapes)
                 raise ModelError(f"{model.name} cannot be exported: {reason}") from error
+        assert isinstance(exported, fx.GraphModule)
+        canonicalise(exported)
         probe = torch.randn(3, *model.input.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected, found = model.module(probe), exported(probe)

@@ -27,6 +27,7 @@ from neural_compressor.torch.utils.utility import algos_mapping
 from torch import Tensor, fx, nn
 
 from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfig, refuse_foreign
+from inc_clusterq.canonical import canonicalise
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import ModelError
@@ -103,7 +104,9 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
         raise ModelError(
             "the model has not been exported; call neural_compressor.torch.export.export(model, example_inputs) first"
         )
+    assert isinstance(model, fx.GraphModule)
     example = _random_input(model)
+    canonicalise(model)
     with torch.no_grad():
         reference = model(example)
     dynamic_shapes = getattr(model, "dynamic_shapes", None)
@@ -122,9 +125,8 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
     return prepared
 
 
-def _random_input(exported: nn.Module) -> Tensor:
+def _random_input(exported: fx.GraphModule) -> Tensor:
     """Two samples of the shape that the model was exported with; whatever numbers, always the same ones."""
-    assert isinstance(exported, fx.GraphModule)
     inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise ModelError(f"the model has {len(inputs)} inputs; only models with one image tensor as input can be quantized")

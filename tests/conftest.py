@@ -50,13 +50,15 @@ def network() -> Callable[[str], Network]:
             torch.manual_seed(7)
             module = NETWORKS[name]()
             for part in module.modules():
-                if isinstance(part, nn.BatchNorm2d):  # as after a training, so that folding it changes the weights
+                if isinstance(
+                    part, nn.BatchNorm1d | nn.BatchNorm2d
+                ):  # as after a training, so that folding it changes the weights
                     assert part.running_mean is not None
                     assert part.running_var is not None
                     part.running_mean.normal_(0, 0.2)
                     part.running_var.uniform_(0.5, 1.5)
                     nn.init.uniform_(part.weight, 0.5, 1.5)
-            return module.eval(), torch.randn(24, 3, 8, 8)
+            return module.eval(), torch.randn(24, 3, *SIZES.get(name, (8, 8)))
 
     return build
 
@@ -68,10 +70,13 @@ def prepare() -> Callable[[nn.Module, Tensor], fx.GraphModule]:
     from neural_compressor.torch.export import export
     from neural_compressor.torch.quantization import INT8StaticQuantConfig
 
+    from inc_clusterq.canonical import canonicalise
+
     logging.getLogger("neural_compressor").setLevel(logging.CRITICAL)
 
     def make(module: nn.Module, inputs: Tensor) -> fx.GraphModule:
         exported = export(module, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+        canonicalise(exported)
         prepared: fx.GraphModule = W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(exported)
         return prepared
 
@@ -277,6 +282,42 @@ class Transposed(Classifier):
         return functional.relu(self.up(functional.relu(self.a(x))))
 
 
+class Worded(Classifier):
+    """Says its padding in words; once it takes one more behind than in front."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a = nn.Conv2d(8, 8, 3, padding="same", dilation=(2, 1))
+        self.b, self.c = nn.Conv2d(8, 8, (3, 4), padding="same"), nn.Conv2d(8, 8, 2, 2, padding="valid")
+
+    def features(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b, self.c):
+            x = functional.relu(layer(x))
+        return x
+
+
+class Signal(nn.Module):
+    """One-dimensional: pooled, residual and gated, padded, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv1d(3, 8, 5, 2, 2, bias=False), nn.BatchNorm1d(8)
+        self.a, self.b = nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=2), nn.Conv1d(8, 8, 4, padding="same")
+        self.down, self.up = nn.Conv1d(8, 4, 1), nn.Conv1d(4, 8, 1)
+        self.c, self.d = nn.Conv1d(8, 16, 3, 2), nn.Conv1d(8, 16, 1)
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool1d(functional.relu(self.norm(self.stem(x))), 3, 2, 1)
+        y = self.b(functional.relu6(self.a(x)))
+        gate = torch.sigmoid(self.up(functional.relu(self.down(y.mean(-1, keepdim=True)))))
+        x = functional.relu(y * gate + x)
+        x = torch.cat([functional.relu(self.c(functional.pad(x, (0, 1)))), functional.hardswish(self.d(x[:, :, ::2]))], 1)
+        result: Tensor = self.fc(functional.adaptive_avg_pool1d(functional.avg_pool1d(x, 2), 1).flatten(1))
+        return result
+
+
+SIZES = {"signal": (48,)}  # of inputs that are not 8 x 8
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "chain": Chain,
     "residual": Residual,
@@ -290,4 +331,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pooled": Pooled,
     "padded": Padded,
     "transposed": Transposed,
+    "worded": Worded,
+    "signal": Signal,
 }

@@ -134,7 +134,7 @@ print("same")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["residual", "shuffle"])
+@pytest.mark.parametrize("name", ["residual", "shuffle", "signal", "worded"])
 def test_a_saved_model_opens_with_the_host_alone_and_computes_the_same(network: Network, tmp_path: Path, name: str) -> None:
     module, inputs = network(name)
     exported = export(module, (inputs[:2],), dynamic_shapes=DYNAMIC)

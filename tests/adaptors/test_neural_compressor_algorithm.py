@@ -62,8 +62,11 @@ def test_prepare_and_convert_are_quantize_in_two_steps(
 
 
 @torch.no_grad()
-def test_quantizing_leaves_the_users_float_model_alone(network: Network) -> None:
-    module, inputs = network("transposed")  # has layers without BatchNorm, whose weights the exported graph shares
+@pytest.mark.parametrize(
+    "name", ["transposed", "signal"]
+)  # have layers without BatchNorm, whose weights the exported graph shares
+def test_quantizing_leaves_the_users_float_model_alone(network: Network, name: str) -> None:
+    module, inputs = network(name)
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     result = quantize(
         export(module, (inputs[:2],), dynamic_shapes=DYNAMIC),

@@ -14,7 +14,8 @@ from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.evaluation import predictions
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-STRUCTURES = ("chain", "residual", "depthwise", "grouped", "concat", "shuffle", "in_place", "tied", "pooled", "padded")
+STRUCTURES = ["chain", "residual", "depthwise", "grouped", "concat", "shuffle", "in_place", "tied", "pooled", "padded"]
+STRUCTURES += ["worded", "signal"]
 SavedResult = Callable[..., SavedModel]
 aten = torch.ops.aten
 
@@ -71,22 +72,8 @@ def test_a_kernel_adds_the_zero_point_before_it_rounds() -> None:
     [
         ("residual", 8),
         ("pooled", 8),
-        *[
-            pytest.param(name, bits, marks=pytest.mark.slow)
-            for name in (
-                "chain",
-                "residual",
-                "depthwise",
-                "grouped",
-                "concat",
-                "shuffle",
-                "in_place",
-                "tied",
-                "pooled",
-                "padded",
-            )
-            for bits in (2, 4, 8)
-        ],
+        ("signal", 4),
+        *[pytest.param(name, bits, marks=pytest.mark.slow) for name in STRUCTURES for bits in (2, 4, 8)],
     ],
 )
 def test_the_compiled_model_is_equal_to_the_bit(saved: SavedResult, name: str, bits: int) -> None:

@@ -15,7 +15,7 @@ from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STRUCTURES = ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "pooled", "padded"]
-STRUCTURES += ["transposed"]
+STRUCTURES += ["transposed", "worded", "signal"]
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 Reconstructed = Callable[..., QuantizedGraph]
 
@@ -52,22 +52,7 @@ def test_without_the_clamps_the_compiled_model_is_another_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "chain",
-        "depthwise",
-        "grouped",
-        "squeeze_excite",
-        "concat",
-        "shuffle",
-        "in_place",
-        "tied",
-        "pooled",
-        "padded",
-        "transposed",
-    ],
-)
+@pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_structure_compiles_to_what_was_evaluated(
     reconstructed: Reconstructed, network: Network, name: str, bits: int

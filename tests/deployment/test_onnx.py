@@ -56,6 +56,7 @@ def test_every_convolution_and_linear_operator_runs_in_int8(
         ("residual", 4),
         ("depthwise", 2),
         ("concat", 8),
+        ("signal", 4),
         *[pytest.param(name, bits, marks=pytest.mark.slow) for name in ALL_INT8 for bits in (2, 3, 4, 6, 8)],
     ],
 )

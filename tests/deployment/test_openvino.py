@@ -16,7 +16,9 @@ from inc_clusterq.errors import MissingDependencyError, ResultError
 SavedResult = Callable[..., SavedModel]
 
 
-@pytest.mark.parametrize(("name", "bits", "weighted"), [("residual", 4, 6), ("depthwise", 8, 6), ("concat", 4, 8)])
+@pytest.mark.parametrize(
+    ("name", "bits", "weighted"), [("residual", 4, 6), ("depthwise", 8, 6), ("concat", 4, 8), ("signal", 4, 8)]
+)
 def test_it_runs_in_int8_and_computes_what_was_evaluated(
     saved: SavedResult, tmp_path: Path, name: str, bits: int, weighted: int
 ) -> None:

@@ -82,7 +82,7 @@ def test_quantizers_that_the_host_shares_have_one_width(prepared: Prepared, laye
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "depthwise", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed"]
+    "name", ["residual", "depthwise", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed", "signal"]
 )
 def test_every_quantizer_has_bits(prepared: Prepared, name: str) -> None:
     graph_module = prepared(name)

@@ -36,6 +36,8 @@ UNITS = {  # layers of each unit, by hand
     "in_place": ["stem.0", "a.0", "b.0", "fc"],
     "tied": ["stem.0", "a", "a", "fc"],
     "transposed": ["stem.0", "a.0", "up", "fc"],
+    "worded": ["stem.0", "a", "b", "c", "fc"],
+    "signal": ["stem", "a b down up", "c d", "fc"],
 }
 
 
@@ -101,7 +103,9 @@ def test_nothing_passes_by_a_cut(quantized: Quantized, name: str) -> None:
 @pytest.mark.parametrize("name", UNITS)
 def test_layers_have_the_names_that_the_user_gave(quantized: Quantized, network: Network, name: str) -> None:
     module, _ = network(name)
-    written = {path for path, part in module.named_modules() if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))}
+    written = {
+        path for path, part in module.named_modules() if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+    }
     assert {layer.name for unit in quantized(name).units for layer in unit.layers} == written
 
 

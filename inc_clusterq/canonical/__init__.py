@@ -1,0 +1,19 @@
+"""An exported graph written with the operators that the host's quantizer knows.
+
+The quantizer finds convolutions by the operator that they were exported to. Those of other operators stay in float, or make it
+raise. Each step leaves the result as it is, but for rounding where a kernel adds up in another order, and leaves graphs that
+hold nothing for it untouched.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from inc_clusterq.canonical.one_dimension import lift_to_two_dimensions
+from inc_clusterq.canonical.padding import write_padding_as_numbers
+
+
+def canonicalise(graph_module: fx.GraphModule) -> None:
+    """All steps, in place, in the order in which they build on each other."""
+    write_padding_as_numbers(graph_module)
+    lift_to_two_dimensions(graph_module)

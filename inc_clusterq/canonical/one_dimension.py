@@ -1,0 +1,209 @@
+"""Networks on signals, (N, channels, length), as networks on images of height 1.
+
+The host's quantizer and Inductor have int8 convolutions for two spatial axes. Of those for one axis the quantizer takes what
+ReLU follows and nothing else, the kernel knows no other activation function, and behind it the compiler assumes a wrong
+length, so that additions and concatenations don't compile. So convolutions are given an axis of size 1, and what lies between
+them too, lest a `squeeze` come between an operator and what belongs into its kernel:
+
+    conv1d(x, w) = squeeze(conv2d(unsqueeze(x), unsqueeze(w)))        f(squeeze(y)) = squeeze(f(y))
+
+Input and output of the network keep their shapes, and so does what has no counterpart here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from inc_clusterq.reconstruction.graph import ACTIVATIONS, named_arguments
+
+aten = torch.ops.aten
+AXIS = 2  # the new one, in front of the length
+CONVOLUTION = aten.conv1d.default
+BROADCASTING = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor}
+# Batch norm and PReLU take their channels from axis 1, whatever comes behind it.
+ALIKE = ACTIVATIONS | BROADCASTING | {aten.prelu.default, aten.tanh.default, aten.clone.default, aten.contiguous.default}
+
+Call = tuple[Any, tuple[Any, ...]]  # operator and arguments
+Lift = Callable[[fx.Node], fx.Node]
+
+
+def lift_to_two_dimensions(graph_module: fx.GraphModule) -> int:
+    """Rewrite convolutions over one axis and what follows them, in place; returns how many convolutions there were."""
+    graph = graph_module.graph
+    convolutions = [node for node in graph.nodes if node.target is CONVOLUTION]
+    if not convolutions:
+        return 0
+    lifted: dict[fx.Node, fx.Node] = {}  # squeezed node -> what it squeezes
+    weights: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            call = _lifted_call(graph_module, node, lifted, weights)
+            if call is None:
+                continue
+            flat = new = graph.call_function(*call)
+            new.meta = _planar_meta(node)
+            if _is_signal(node):
+                new.meta["val"] = node.meta["val"].unsqueeze(AXIS)
+                flat = graph.call_function(aten.squeeze.dim, (new, AXIS))
+                flat.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+                lifted[flat] = new
+        node.replace_all_uses_with(flat)
+        graph.erase_node(node)
+    for flat in lifted:
+        if not flat.users:
+            graph.erase_node(flat)
+    _forget_unused_weights(graph_module, weights)
+    graph_module.recompile()
+    return len(convolutions)
+
+
+def _lifted_call(
+    graph_module: fx.GraphModule, node: fx.Node, lifted: dict[fx.Node, fx.Node], weights: dict[Any, fx.Node]
+) -> Call | None:
+    """The operator that does on images of height 1 what `node` does on signals; None where it stays as it is."""
+    graph = graph_module.graph
+
+    def lift(x: fx.Node) -> fx.Node:
+        return lifted[x] if x in lifted else _unsqueezed(graph, x)
+
+    if node.target is CONVOLUTION:
+        x, weight, bias, stride, padding, dilation, groups = named_arguments(node).values()
+        kernel = _lifted_weight(graph_module, weight, weights)
+        return aten.conv2d.default, (lift(x), kernel, bias, [1, *stride], [0, *padding], [1, *dilation], groups)
+    if node.op != "call_function" or not any(source in lifted for source in node.all_input_nodes):
+        return None
+    if node.target in ALIKE:
+        if node.target in BROADCASTING and not all(map(_is_signal, node.all_input_nodes)):
+            return None
+        args = tuple(
+            lift(argument) if isinstance(argument, fx.Node) and _is_signal(argument) else argument for argument in node.args
+        )
+        return None if node.kwargs else (node.target, args)
+    rule = RULES.get(node.target)
+    return None if rule is None else rule(named_arguments(node), lift)
+
+
+def _max_pool(given: dict[str, Any], lift: Lift) -> Call:
+    size, stride = given["kernel_size"], given["stride"] or given["kernel_size"]
+    window = [1, *size], [1, *stride], [0, *given["padding"]], [1, *given["dilation"]]
+    return aten.max_pool2d.default, (lift(given["self"]), *window, given["ceil_mode"])
+
+
+def _avg_pool(given: dict[str, Any], lift: Lift) -> Call:
+    size, stride = given["kernel_size"], given["stride"] or given["kernel_size"]
+    window = [1, *size], [1, *stride], [0, *given["padding"]]
+    return aten.avg_pool2d.default, (lift(given["self"]), *window, given["ceil_mode"], given["count_include_pad"])
+
+
+def _adaptive_avg_pool(given: dict[str, Any], lift: Lift) -> Call:
+    return aten.adaptive_avg_pool2d.default, (lift(given["self"]), [1, *given["output_size"]])
+
+
+def _mean(given: dict[str, Any], lift: Lift) -> Call | None:
+    """Over the length alone: over both axes of the image, which is what the host knows as a pooling."""
+    if given["dtype"] is not None or [axis % 3 for axis in given["dim"] or []] != [2]:
+        return None
+    return aten.mean.dim, (lift(given["self"]), [AXIS, 3], given["keepdim"])
+
+
+def _cat(given: dict[str, Any], lift: Lift) -> Call:
+    return aten.cat.default, ([lift(tensor) for tensor in given["tensors"]], _axis(given["dim"]))
+
+
+def _slice(given: dict[str, Any], lift: Lift) -> Call:
+    return aten.slice.Tensor, (lift(given["self"]), _axis(given["dim"]), given["start"], given["end"], given["step"])
+
+
+def _flatten(given: dict[str, Any], lift: Lift) -> Call | None:
+    if (given["start_dim"], given["end_dim"] % 3) != (1, 2):
+        return None
+    return aten.flatten.using_ints, (lift(given["self"]), 1, -1)
+
+
+def _pad(given: dict[str, Any], lift: Lift) -> Call | None:
+    widths, mode = list(given["pad"]), given.get("mode", "constant")
+    if len(widths) > 2 or mode != "constant":  # (before, behind) of the length, then those of the new axis
+        widths[2:2] = [0, 0]
+    if mode != "constant" and len(widths) != 4:
+        return None
+    return (aten.pad.default, (lift(given["self"]), widths, mode, given["value"]))
+
+
+RULES: dict[Any, Callable[[dict[str, Any], Lift], Call | None]] = {
+    aten.max_pool1d.default: _max_pool,
+    aten.avg_pool1d.default: _avg_pool,
+    aten.adaptive_avg_pool1d.default: _adaptive_avg_pool,
+    aten.mean.dim: _mean,
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _slice,
+    aten.flatten.using_ints: _flatten,
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: _pad,
+}
+
+
+def _axis(axis: int) -> int:
+    """Where an axis of a signal is in its image."""
+    return (0, 1, 3)[axis % 3]
+
+
+def _is_signal(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 3
+
+
+def _unsqueezed(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    image = graph.call_function(aten.unsqueeze.default, (x, AXIS))
+    image.meta = {"val": x.meta["val"].unsqueeze(AXIS)}
+    return image
+
+
+def _lifted_weight(graph_module: fx.GraphModule, weight: fx.Node, weights: dict[Any, fx.Node]) -> fx.Node:
+    """A convolution's weight (out, in, 1, size): an attribute again where it was one, since the host looks for that."""
+    if weight.op != "get_attr":
+        return _unsqueezed(graph_module.graph, weight)
+    if weight not in weights:
+        path, _, name = str(weight.target).rpartition(".")
+        module: nn.Module = graph_module.get_submodule(path)
+        tensor = getattr(module, name)
+        image = tensor.detach().unsqueeze(AXIS)
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(f"{name}_2d", nn.Parameter(image, requires_grad=tensor.requires_grad))
+        else:
+            module.register_buffer(f"{name}_2d", image)
+        with graph_module.graph.inserting_before(weight):
+            weights[weight] = graph_module.graph.get_attr(f"{weight.target}_2d")
+        weights[weight].meta = _planar_meta(weight) | {"val": weight.meta["val"].unsqueeze(AXIS)}
+    return weights[weight]
+
+
+def _forget_unused_weights(graph_module: fx.GraphModule, weights: dict[Any, fx.Node]) -> None:
+    for weight in weights:
+        if weight.users:
+            continue
+        graph_module.graph.erase_node(weight)
+        if not any(node.target == weight.target for node in graph_module.graph.nodes if node.op == "get_attr"):
+            path, _, name = str(weight.target).rpartition(".")
+            delattr(graph_module.get_submodule(path), name)
+
+
+def _planar_meta(node: fx.Node) -> dict[str, Any]:
+    """What is known of an operator, with the two-dimensional module or function as its origin: the host goes by that."""
+    meta = {key: value for key, value in node.meta.items() if key not in ("tensor_meta", "example_value")}
+    if "source_fn_stack" in meta:
+        meta["source_fn_stack"] = [(name, _in_two_dimensions(source)) for name, source in meta["source_fn_stack"]]
+    return meta
+
+
+def _in_two_dimensions(source: Any) -> Any:
+    """`nn.Conv2d` for `nn.Conv1d`, `functional.max_pool2d` for `functional.max_pool1d`; anything else is what it is."""
+    name = getattr(source, "__name__", "")
+    if not name.endswith("1d"):
+        return source
+    home = nn if isinstance(source, type) else functional
+    return getattr(home, f"{name[:-2]}2d", source)
