@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -33,6 +34,19 @@ from inc_clusterq.yaml_file import read_yaml
 
 Settings = TypeVar("Settings", ClusterQSettings, ReconstructionSettings)
 Name = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _channels(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(value, int | float):
+        return (value,)
+    raise ValueError("must be a number or a list of numbers")
+
+
+Channels = Annotated[  # a value for all channels, or one for each
+    tuple[float, ...], BeforeValidator(_channels, json_schema_input_type=float | tuple[float, ...])
+]
 Preset = Literal["fast", "balanced", "best"]
 Kind = Literal["dense", "depthwise", "grouped", "linear"]
 
@@ -65,12 +79,8 @@ class InputConfig(Section):
     range: tuple[float, float] = Field(
         (0.0, 1.0), description="Lowest and highest raw value that the sensor can produce, before normalisation."
     )
-    mean: tuple[float, ...] = Field(
-        (0.0,), description="Subtracted from raw values; one number for all channels or one per channel."
-    )
-    std: tuple[float, ...] = Field(
-        (1.0,), description="Raw values less `mean` are divided by it; one number or one per channel."
-    )
+    mean: Channels = Field((0.0,), description="Subtracted from raw values; one number for all channels or one per channel.")
+    std: Channels = Field((1.0,), description="Raw values less `mean` are divided by it; one number or one per channel.")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

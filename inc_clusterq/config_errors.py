@@ -61,6 +61,7 @@ def _problem(detail: ErrorDetails, at: KeyPath, schema: type[BaseModel]) -> str:
             return ": is empty; give it keys or delete it"
         return f": {json.dumps(value)} is not a mapping of keys to values"
     allowed = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
+    allowed = allowed.replace("a valid array", "a list")  # as YAML calls it
     return f": {json.dumps(value)} is not allowed; {allowed}"
 
 

@@ -107,6 +107,11 @@ def test_kinds_of_layers_have_their_own_widths_and_other_kinds_are_errors(tmp_pa
         load(tmp_path, quantization={"optype_wise": {"depthwis": {"weight": {"bits": 8}}}})
 
 
+def test_one_number_normalises_all_channels(tmp_path: Path) -> None:
+    found = load(tmp_path, model={**MODEL, "input": {"shape": [3, 8, 8], "mean": 127.5, "std": 64}}).model.input.spec()
+    assert found == InputSpec((3, 8, 8), mean=(127.5,), std=(64.0,))
+
+
 def test_override_replaces_output_and_seed_and_nothing_else(tmp_path: Path) -> None:
     config = load(tmp_path, output="one")
     changed = config.override(output=Path("two"), seed=5)
@@ -171,6 +176,12 @@ def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
             "model.input: range is [1, 0]; it must",
         ),
         ({"model": {**MODEL, "input": {"shape": [3.5]}}}, "model.input.shape.0: 3.5 is not allowed"),
+        ({"model": {**MODEL, "input": {"shape": 77}}}, "model.input.shape: 77 is not allowed; it should be a list"),
+        (
+            {"model": {**MODEL, "input": {"shape": [3], "mean": "127"}}},
+            'model.input.mean: must be a number or a list of numbers (it is "127")',
+        ),
+        ({"model": {**MODEL, "input": {"shape": [3], "std": [1, "a", 1]}}}, 'model.input.std.1: "a" is not allowed'),
     ],
 )
 def test_each_mistake_is_named_with_key_value_and_remedy(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
