@@ -50,7 +50,7 @@ def lift_to_two_dimensions(graph_module: fx.GraphModule) -> int:
             if _is_signal(node):
                 new.meta["val"] = node.meta["val"].unsqueeze(AXIS)
                 flat = graph.call_function(aten.squeeze.dim, (new, AXIS))
-                flat.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+                flat.meta = {"val": node.meta["val"]}
                 lifted[flat] = new
         node.replace_all_uses_with(flat)
         graph.erase_node(node)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +73,19 @@ def compile_frozen(
         with torch.no_grad(), inductor_config.patch(freezing=True):
             compiled(example)
     except Exception as error:  # the compiler raises whatever its stages raise
-        reason = str(error).strip().splitlines()
-        raise DeploymentError(
-            f"the model cannot be compiled: {type(error).__name__}: {reason[0] if reason else ''} "
-            "(Inductor needs a C++ compiler, for example g++, on the path)"
-        ) from error
+        cause = _cause(error)
+        hint = " (Inductor needs one, for example g++, on the path)" if "C++ compiler" in cause else ""
+        raise DeploymentError(f"the model cannot be compiled: {cause}{hint}") from error
     return compiled
+
+
+def _cause(error: BaseException) -> str:
+    """What was raised first, with the place where it says nothing: the compiler wraps it in errors of its own."""
+    while inner := error.__cause__ or getattr(error, "inner_exception", None):
+        error = inner
+    said = str(error).strip().splitlines()
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {said[0] if said else f'{Path(place.filename).name}, line {place.lineno}: {place.line}'}"
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.learning import (
     CHECKS,
     copied,
+    finite,
     harden,
     images_per_step,
     loss_as_deployed,
@@ -62,11 +63,13 @@ def learn_end_to_end(
     start = copied(parts)
     with in_mode(module, Mode.STEPS), torch.enable_grad():
         _descend(module, parts, inputs, targets, settings, steps, chain, stage)
-    harden(module, parts, learned=False)
-    after = loss_as_deployed(module, inputs, targets)
+    after = float("nan")
+    if finite(parts):
+        harden(module, parts, learned=False)
+        after = loss_as_deployed(module, inputs, targets)
     if after <= DIVERGED * before:
         return after
-    logger.warning("end to end the loss has grown from %.4g to %.4g; what the units have left stays", before, after)
+    logger.warning("end to end the loss has gone from %.4g to %.4g; what the units have left stays", before, after)
     parts.load_state_dict(start)
     return before
 

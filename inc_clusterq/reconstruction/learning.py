@@ -153,6 +153,11 @@ def copied(parts: nn.ModuleList) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in parts.state_dict().items()}
 
 
+def finite(parts: nn.ModuleList) -> bool:
+    """Whether everything that was learned is a number; some operators have no gradient at some points, such as a root at 0."""
+    return all(bool(tensor.isfinite().all()) for tensor in parts.parameters())
+
+
 def harden(module: fx.GraphModule, parts: nn.ModuleList, *, learned: bool) -> None:
     """Fix what is deployed of `parts`; corrections last, since they follow the weights."""
     for part in parts:
@@ -201,6 +206,10 @@ def _descend(
         schedule.step()
         if (step + 1) % look_every and step + 1 < steps:
             continue
+        if not finite(learned):
+            logger.warning("%s: gradients are not finite numbers, so it is left as the best state before was", label)
+            stage.advance(steps - step // look_every * look_every, label)
+            return
         if flow.keeps_back or step + 1 == steps:
             best.look()
         stage.advance(look_every if (step + 1) % look_every == 0 else steps % look_every, f"{label} loss {loss:.4g}")

@@ -131,6 +131,19 @@ def test_a_model_that_cannot_be_compiled_is_our_failure(
         compile_frozen(Broken(), pair[1][:1])
 
 
+def test_of_a_failed_compilation_the_first_error_is_told(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[nn.Module, Tensor]
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", failing)
+    with pytest.raises(
+        DeploymentError, match=r"cannot be compiled: AssertionError: test_inductor\.py, line \d+: raise AssertionError$"
+    ):
+        compile_frozen(pair[0], pair[1][:1])
+
+
 def test_latency_is_measured_for_each_model_in_turn() -> None:
     calls: list[str] = []
 

@@ -12,6 +12,7 @@ from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction import end_to_end
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
+from inc_clusterq.reconstruction.learning import reconstruction_loss
 from inc_clusterq.reconstruction.mixing import Mixture
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
@@ -129,6 +130,19 @@ def test_where_it_leads_nowhere_all_is_left_as_the_units_left_it(
     assert report.end_to_end is not None
     assert report.end_to_end.relative_loss == pytest.approx(report.end_to_end.relative_loss_before, rel=1e-5)
     assert "stays" in caplog.text
+
+
+def test_where_gradients_are_no_numbers_all_is_left_as_the_units_left_it(
+    run: Run, quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, expected = run("depthwise", quick(end_to_end_iterations=0))
+    monkeypatch.setattr(
+        "inc_clusterq.reconstruction.end_to_end.reconstruction_loss", lambda *given: reconstruction_loss(*given).sub(1).sqrt()
+    )
+    report, _, outputs = run("depthwise", quick(end_to_end_iterations=3))
+    assert torch.equal(outputs, expected)
+    assert report.end_to_end is not None
+    assert report.end_to_end.relative_loss == pytest.approx(report.end_to_end.relative_loss_before, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,18 @@ def test_a_unit_is_never_worse_than_its_start_on_the_images_that_judge(learn: Le
     assert judged(*learn(quick(iterations=30, **wild), *parts)) <= start * (1 + 1e-6)
 
 
+def test_where_gradients_are_no_numbers_a_unit_is_left_as_it_began(
+    learn: Learn, quick: Quick, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As behind a root, which has no gradient at 0."""
+    first, last = torch.arange(12), torch.arange(12, 24)
+    unit, flow = learn(quick(iterations=40, batch_size=8), first, last, spoilt=3)
+    started, _ = learn(quick(iterations=0), first, last)
+    with torch.no_grad(), in_mode(unit, Mode.HARD), in_mode(started, Mode.HARD):
+        torch.testing.assert_close(unit(flow.quantized_inputs[last]), started(flow.quantized_inputs[last]))
+    assert "unit: gradients are not finite" in caplog.text
+
+
 def test_a_unit_stops_when_its_rounding_is_decided_and_the_loss_is_flat(
     learn: Learn, quick: Quick, caplog: pytest.LogCaptureFixture
 ) -> None:
