@@ -29,63 +29,99 @@ BROADCASTING = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Ten
 ALIKE = ACTIVATIONS | BROADCASTING | {aten.prelu.default, aten.tanh.default, aten.clone.default, aten.contiguous.default}
 
 Call = tuple[Any, tuple[Any, ...]]  # operator and arguments
-Lift = Callable[[fx.Node], fx.Node]
+Lift = Callable[[fx.Node], fx.Node]  # the image of a signal
 
 
 def lift_to_two_dimensions(graph_module: fx.GraphModule) -> int:
     """Rewrite convolutions over one axis and what follows them, in place; returns how many convolutions there were."""
     graph = graph_module.graph
-    convolutions = [node for node in graph.nodes if node.target is CONVOLUTION]
-    if not convolutions:
-        return 0
-    lifted: dict[fx.Node, fx.Node] = {}  # squeezed node -> what it squeezes
-    weights: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        with graph.inserting_before(node):
-            call = _lifted_call(graph_module, node, lifted, weights)
-            if call is None:
-                continue
-            flat = new = graph.call_function(*call)
-            new.meta = _planar_meta(node)
-            if _is_signal(node):
-                new.meta["val"] = node.meta["val"].unsqueeze(AXIS)
-                flat = graph.call_function(aten.squeeze.dim, (new, AXIS))
-                flat.meta = {"val": node.meta["val"]}
-                lifted[flat] = new
+    count = sum(node.target is CONVOLUTION for node in graph.nodes)
+    if count:
+        lifting = _Lifting(graph_module)
+        for node in list(graph.nodes):
+            with graph.inserting_before(node):
+                lifting.lift(node)
+        lifting.forget_unused()
+        graph_module.recompile()
+    return count
+
+
+class _Lifting:
+    """A graph on its way from signals to images."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._module, self._graph = graph_module, graph_module.graph
+        self._lifted: dict[fx.Node, fx.Node] = {}  # squeezed node -> what it squeezes
+        self._unsqueezed: dict[fx.Node, fx.Node] = {}  # what stays a signal -> its image
+        self._weights: dict[fx.Node, fx.Node] = {}
+
+    def lift(self, node: fx.Node) -> None:
+        """Replace a node by the operator on images of height 1 that does the same, where there is one."""
+        call = self._call(node)
+        if call is None:
+            return
+        flat = new = self._graph.call_function(*call)
+        new.meta = _planar_meta(node)
+        if _is_signal(node):
+            new.meta["val"] = node.meta["val"].unsqueeze(AXIS)
+            flat = self._graph.call_function(aten.squeeze.dim, (new, AXIS))
+            flat.meta = {"val": node.meta["val"]}
+            self._lifted[flat] = new
         node.replace_all_uses_with(flat)
-        graph.erase_node(node)
-    for flat in lifted:
-        if not flat.users:
-            graph.erase_node(flat)
-    _forget_unused_weights(graph_module, weights)
-    graph_module.recompile()
-    return len(convolutions)
+        self._graph.erase_node(node)
 
+    def forget_unused(self) -> None:
+        """Drop what nothing reads any more."""
+        for flat in self._lifted:
+            if not flat.users:
+                self._graph.erase_node(flat)
+        for weight in self._weights:
+            if weight.users:
+                continue
+            self._graph.erase_node(weight)
+            if not any(node.target == weight.target for node in self._graph.nodes if node.op == "get_attr"):
+                path, _, name = str(weight.target).rpartition(".")
+                delattr(self._module.get_submodule(path), name)
 
-def _lifted_call(
-    graph_module: fx.GraphModule, node: fx.Node, lifted: dict[fx.Node, fx.Node], weights: dict[Any, fx.Node]
-) -> Call | None:
-    """The operator that does on images of height 1 what `node` does on signals; None where it stays as it is."""
-    graph = graph_module.graph
-
-    def lift(x: fx.Node) -> fx.Node:
-        return lifted[x] if x in lifted else _unsqueezed(graph, x)
-
-    if node.target is CONVOLUTION:
-        x, weight, bias, stride, padding, dilation, groups = named_arguments(node).values()
-        kernel = _lifted_weight(graph_module, weight, weights)
-        return aten.conv2d.default, (lift(x), kernel, bias, [1, *stride], [0, *padding], [1, *dilation], groups)
-    if node.op != "call_function" or not any(source in lifted for source in node.all_input_nodes):
-        return None
-    if node.target in ALIKE:
-        if node.target in BROADCASTING and not all(map(_is_signal, node.all_input_nodes)):
+    def _call(self, node: fx.Node) -> Call | None:
+        if node.target is CONVOLUTION:
+            x, weight, bias, stride, padding, dilation, groups = named_arguments(node).values()
+            window = [1, *stride], [0, *padding], [1, *dilation]
+            return aten.conv2d.default, (self._image(x), self._kernel(weight), bias, *window, groups)
+        if node.op != "call_function" or not any(source in self._lifted for source in node.all_input_nodes):
             return None
-        args = tuple(
-            lift(argument) if isinstance(argument, fx.Node) and _is_signal(argument) else argument for argument in node.args
-        )
-        return None if node.kwargs else (node.target, args)
-    rule = RULES.get(node.target)
-    return None if rule is None else rule(named_arguments(node), lift)
+        if node.target in ALIKE:
+            if node.kwargs or (node.target in BROADCASTING and not all(map(_is_signal, node.all_input_nodes))):
+                return None
+            return node.target, tuple(self._image(given) if _is_signal(given) else given for given in node.args)
+        rule = RULES.get(node.target)
+        return None if rule is None else rule(named_arguments(node), self._image)
+
+    def _image(self, x: Any) -> fx.Node:
+        if x in self._lifted:
+            return self._lifted[x]
+        if x not in self._unsqueezed:
+            image = self._unsqueezed[x] = self._graph.call_function(aten.unsqueeze.default, (x, AXIS))
+            image.meta = {"val": x.meta["val"].unsqueeze(AXIS)}
+        return self._unsqueezed[x]
+
+    def _kernel(self, weight: fx.Node) -> fx.Node:
+        """A convolution's weight (out, in, 1, size): an attribute again where it was one, since the host looks for that."""
+        if weight.op != "get_attr":
+            return self._image(weight)
+        if weight not in self._weights:
+            path, _, name = str(weight.target).rpartition(".")
+            module: nn.Module = self._module.get_submodule(path)
+            tensor = getattr(module, name)
+            image = tensor.detach().unsqueeze(AXIS)
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(f"{name}_2d", nn.Parameter(image, requires_grad=tensor.requires_grad))
+            else:
+                module.register_buffer(f"{name}_2d", image)
+            with self._graph.inserting_before(weight):
+                self._weights[weight] = self._graph.get_attr(f"{weight.target}_2d")
+            self._weights[weight].meta = _planar_meta(weight) | {"val": weight.meta["val"].unsqueeze(AXIS)}
+        return self._weights[weight]
 
 
 def _max_pool(given: dict[str, Any], lift: Lift) -> Call:
@@ -152,44 +188,9 @@ def _axis(axis: int) -> int:
     return (0, 1, 3)[axis % 3]
 
 
-def _is_signal(node: fx.Node) -> bool:
-    value = node.meta.get("val")
+def _is_signal(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return isinstance(value, Tensor) and value.dim() == 3
-
-
-def _unsqueezed(graph: fx.Graph, x: fx.Node) -> fx.Node:
-    image = graph.call_function(aten.unsqueeze.default, (x, AXIS))
-    image.meta = {"val": x.meta["val"].unsqueeze(AXIS)}
-    return image
-
-
-def _lifted_weight(graph_module: fx.GraphModule, weight: fx.Node, weights: dict[Any, fx.Node]) -> fx.Node:
-    """A convolution's weight (out, in, 1, size): an attribute again where it was one, since the host looks for that."""
-    if weight.op != "get_attr":
-        return _unsqueezed(graph_module.graph, weight)
-    if weight not in weights:
-        path, _, name = str(weight.target).rpartition(".")
-        module: nn.Module = graph_module.get_submodule(path)
-        tensor = getattr(module, name)
-        image = tensor.detach().unsqueeze(AXIS)
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(f"{name}_2d", nn.Parameter(image, requires_grad=tensor.requires_grad))
-        else:
-            module.register_buffer(f"{name}_2d", image)
-        with graph_module.graph.inserting_before(weight):
-            weights[weight] = graph_module.graph.get_attr(f"{weight.target}_2d")
-        weights[weight].meta = _planar_meta(weight) | {"val": weight.meta["val"].unsqueeze(AXIS)}
-    return weights[weight]
-
-
-def _forget_unused_weights(graph_module: fx.GraphModule, weights: dict[Any, fx.Node]) -> None:
-    for weight in weights:
-        if weight.users:
-            continue
-        graph_module.graph.erase_node(weight)
-        if not any(node.target == weight.target for node in graph_module.graph.nodes if node.op == "get_attr"):
-            path, _, name = str(weight.target).rpartition(".")
-            delattr(graph_module.get_submodule(path), name)
 
 
 def _planar_meta(node: fx.Node) -> dict[str, Any]:

@@ -131,6 +131,21 @@ def test_a_weight_that_two_convolutions_share_is_shared_afterwards(export: Expor
     assert len({id(attrgetter(weight)(exported)) for weight in weights}) == 1
 
 
+def test_two_convolutions_that_read_one_signal_read_one_image(export: Export) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 4, 3), nn.Conv1d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.a(x) - self.b(x)
+            return result
+
+    exported = export(Two(), torch.randn(2, 3, 17))
+    lift_to_two_dimensions(exported)
+    assert operators(exported).count(aten.unsqueeze.default) == 1
+
+
 def test_a_network_on_images_is_left_alone(export: Export, network: Network) -> None:
     exported = export(*network("residual"))
     before = exported.code
