@@ -106,9 +106,9 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
         )
     assert isinstance(model, fx.GraphModule)
     example = _random_input(model)
-    canonicalise(model)
     with torch.no_grad():
         reference = model(example)
+    canonicalise(model)
     dynamic_shapes = getattr(model, "dynamic_shapes", None)
     W8A8PT2EQuantizer.is_dynamic = False  # a class attribute that the host's dynamic algorithm leaves set
     # A copy: the exported graph shares its parameters with the user's float model.

@@ -39,7 +39,7 @@ Name = Annotated[str, StringConstraints(min_length=1)]
 def _channels(value: object) -> object:
     if isinstance(value, list | tuple):
         return tuple(value)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return (value,)
     raise ValueError("must be a number or a list of numbers")
 

@@ -181,6 +181,10 @@ def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
             {"model": {**MODEL, "input": {"shape": [3], "mean": "127"}}},
             'model.input.mean: must be a number or a list of numbers (it is "127")',
         ),
+        (
+            {"model": {**MODEL, "input": {"shape": [3], "mean": True}}},
+            "model.input.mean: must be a number or a list of numbers (it is true)",
+        ),
         ({"model": {**MODEL, "input": {"shape": [3], "std": [1, "a", 1]}}}, 'model.input.std.1: "a" is not allowed'),
     ],
 )

@@ -1,8 +1,8 @@
 """An exported graph written with the operators that the host's quantizer knows.
 
 The quantizer finds convolutions by the operator that they were exported to. Those of other operators stay in float, or make it
-raise. Each step leaves the result as it is, but for rounding where a kernel adds up in another order, and leaves graphs that
-hold nothing for it untouched.
+raise. Each step keeps what the graph computes, but for rounding where a kernel adds up in another order, and leaves graphs that
+hold nothing for it untouched; who calls it compares the outputs with the original's.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ aten = torch.ops.aten
 AXIS = 2  # the new one, in front of the length
 CONVOLUTION = aten.conv1d.default
 BROADCASTING = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor}
-# Batch norm and PReLU take their channels from axis 1, whatever comes behind it.
-ALIKE = ACTIVATIONS | BROADCASTING | {aten.prelu.default, aten.tanh.default, aten.clone.default, aten.contiguous.default}
+# Norms and PReLU take their channels from axis 1, whatever comes behind it.
+ALIKE = ACTIVATIONS | BROADCASTING
+ALIKE |= {aten.group_norm.default, aten.instance_norm.default, aten.prelu.default, aten.tanh.default, aten.clone.default}
 
 Call = tuple[Any, tuple[Any, ...]]  # operator and arguments
 Lift = Callable[[fx.Node], fx.Node]  # the image of a signal
@@ -35,7 +36,7 @@ Lift = Callable[[fx.Node], fx.Node]  # the image of a signal
 def lift_to_two_dimensions(graph_module: fx.GraphModule) -> int:
     """Rewrite convolutions over one axis and what follows them, in place; returns how many convolutions there were."""
     graph = graph_module.graph
-    count = sum(node.target is CONVOLUTION for node in graph.nodes)
+    count = sum(map(_convolves_signal, graph.nodes))
     if count:
         lifting = _Lifting(graph_module)
         for node in list(graph.nodes):
@@ -80,22 +81,21 @@ class _Lifting:
                 continue
             self._graph.erase_node(weight)
             if not any(node.target == weight.target for node in self._graph.nodes if node.op == "get_attr"):
-                path, _, name = str(weight.target).rpartition(".")
-                delattr(self._module.get_submodule(path), name)
+                delattr(*self._owner(weight))
 
-    def _call(self, node: fx.Node) -> Call | None:
-        if node.target is CONVOLUTION:
+    def _call(self, node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+        if _convolves_signal(node):
             x, weight, bias, stride, padding, dilation, groups = named_arguments(node).values()
             window = [1, *stride], [0, *padding], [1, *dilation]
-            return aten.conv2d.default, (self._image(x), self._kernel(weight), bias, *window, groups)
+            return aten.conv2d.default, (self._image(x), self._kernel(weight), bias, *window, groups), {}
         if node.op != "call_function" or not any(source in self._lifted for source in node.all_input_nodes):
             return None
         if node.target in ALIKE:
-            if node.kwargs or (node.target in BROADCASTING and not all(map(_is_signal, node.all_input_nodes))):
+            if node.target in BROADCASTING and any(_dimensions(source) not in (0, 3) for source in node.all_input_nodes):
                 return None
-            return node.target, tuple(self._image(given) if _is_signal(given) else given for given in node.args)
-        rule = RULES.get(node.target)
-        return None if rule is None else rule(named_arguments(node), self._image)
+            return node.target, tuple(self._image(given) if _is_signal(given) else given for given in node.args), node.kwargs
+        found = RULES[node.target](named_arguments(node), self._image) if node.target in RULES else None
+        return None if found is None else (*found, {})
 
     def _image(self, x: Any) -> fx.Node:
         if x in self._lifted:
@@ -110,30 +110,36 @@ class _Lifting:
         if weight.op != "get_attr":
             return self._image(weight)
         if weight not in self._weights:
-            path, _, name = str(weight.target).rpartition(".")
-            module: nn.Module = self._module.get_submodule(path)
-            tensor = getattr(module, name)
+            owner, name = self._owner(weight)
+            tensor, added = getattr(owner, name), "_2d"
+            while hasattr(owner, name + added):
+                added += "_"
             image = tensor.detach().unsqueeze(AXIS)
             if isinstance(tensor, nn.Parameter):
-                module.register_parameter(f"{name}_2d", nn.Parameter(image, requires_grad=tensor.requires_grad))
+                owner.register_parameter(name + added, nn.Parameter(image, requires_grad=tensor.requires_grad))
             else:
-                module.register_buffer(f"{name}_2d", image)
+                owner.register_buffer(name + added, image)
             with self._graph.inserting_before(weight):
-                self._weights[weight] = self._graph.get_attr(f"{weight.target}_2d")
+                self._weights[weight] = self._graph.get_attr(f"{weight.target}{added}")
             self._weights[weight].meta = _planar_meta(weight) | {"val": weight.meta["val"].unsqueeze(AXIS)}
         return self._weights[weight]
 
+    def _owner(self, weight: fx.Node) -> tuple[nn.Module, str]:
+        path, _, name = str(weight.target).rpartition(".")
+        return self._module.get_submodule(path), name
+
 
 def _max_pool(given: dict[str, Any], lift: Lift) -> Call:
-    size, stride = given["kernel_size"], given["stride"] or given["kernel_size"]
-    window = [1, *size], [1, *stride], [0, *given["padding"]], [1, *given["dilation"]]
-    return aten.max_pool2d.default, (lift(given["self"]), *window, given["ceil_mode"])
+    return aten.max_pool2d.default, (lift(given["self"]), *_window(given), [1, *given["dilation"]], given["ceil_mode"])
 
 
 def _avg_pool(given: dict[str, Any], lift: Lift) -> Call:
+    return aten.avg_pool2d.default, (lift(given["self"]), *_window(given), given["ceil_mode"], given["count_include_pad"])
+
+
+def _window(given: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
     size, stride = given["kernel_size"], given["stride"] or given["kernel_size"]
-    window = [1, *size], [1, *stride], [0, *given["padding"]]
-    return aten.avg_pool2d.default, (lift(given["self"]), *window, given["ceil_mode"], given["count_include_pad"])
+    return [1, *size], [1, *stride], [0, *given["padding"]]
 
 
 def _adaptive_avg_pool(given: dict[str, Any], lift: Lift) -> Call:
@@ -147,7 +153,9 @@ def _mean(given: dict[str, Any], lift: Lift) -> Call | None:
     return aten.mean.dim, (lift(given["self"]), [AXIS, 3], given["keepdim"])
 
 
-def _cat(given: dict[str, Any], lift: Lift) -> Call:
+def _cat(given: dict[str, Any], lift: Lift) -> Call | None:
+    if not all(map(_is_signal, given["tensors"])):  # an empty tensor may have any number of axes
+        return None
     return aten.cat.default, ([lift(tensor) for tensor in given["tensors"]], _axis(given["dim"]))
 
 
@@ -188,9 +196,18 @@ def _axis(axis: int) -> int:
     return (0, 1, 3)[axis % 3]
 
 
+def _convolves_signal(node: fx.Node) -> bool:
+    """Whether it is a convolution over one axis, and not of a single sample without a batch dimension."""
+    return node.target is CONVOLUTION and _is_signal(node)
+
+
 def _is_signal(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return isinstance(value, Tensor) and value.dim() == 3
+    return isinstance(node, fx.Node) and _dimensions(node) == 3
+
+
+def _dimensions(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
 
 
 def _planar_meta(node: fx.Node) -> dict[str, Any]:

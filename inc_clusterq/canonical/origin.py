@@ -1,25 +1,41 @@
-"""Padding inside a convolution module as an operator of its own.
+"""Every convolution, and nothing else, as what a convolution module was exported to.
 
 The host's quantizer goes by the module that an operator came from, and takes all that came from a convolution module for
 convolutions. One that pads by reflection, periodically or with the border's values holds a padding too, at which it raises.
+Where the export does not tell what operators came from (not strict, the host's second try), the host goes by the modules around
+them, which those that are rewritten here have not all.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 aten = torch.ops.aten
-MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+MODULES: dict[Any, type[nn.Module]] = {
+    aten.conv1d.default: nn.Conv1d,
+    aten.conv2d.default: nn.Conv2d,
+    aten.conv3d.default: nn.Conv3d,
+}
+NAMES = {f"{module.__module__}.{module.__qualname__}" for module in MODULES.values()}
 SOURCE = "source_fn_stack"  # what the host goes by: pairs of a name and the module or function
 
 
 def name_origins(graph_module: fx.GraphModule) -> None:
-    """Name the operator itself as the origin of what a convolution module holds besides its convolution, in place."""
+    """Name a module for convolutions that have none, and for what such modules hold besides the operator itself, in place."""
     for node in graph_module.graph.nodes:
-        if node.op != "call_function" or node.target in CONVOLUTIONS or not node.meta.get(SOURCE):
+        if node.op != "call_function":
             continue
-        _, source = node.meta[SOURCE][-1]
-        if source in MODULES:
-            node.meta[SOURCE] = [(node.name, node.target)]  # without any, the host would go by the module around it
+        if node.target in MODULES:
+            node.meta.setdefault(SOURCE, [(node.name, MODULES[node.target])])
+        elif _is_of_convolution(node):
+            node.meta[SOURCE] = [(node.name, node.target)]
+
+
+def _is_of_convolution(node: fx.Node) -> bool:
+    if node.meta.get(SOURCE):
+        return node.meta[SOURCE][-1][1] in MODULES.values()
+    around = list((node.meta.get("nn_module_stack") or {}).values())
+    return bool(around) and around[-1][1] in NAMES

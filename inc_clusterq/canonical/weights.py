@@ -1,8 +1,8 @@
 """Weights that the network computes from other weights, as weights.
 
 Weight normalisation, spectral normalisation and weight standardisation leave operators between a parameter and its convolution.
-What they compute does not depend on the input, so it is computed once. The host's quantizer raises where a weight is not an
-attribute of the graph.
+What they compute does not depend on the input, so it is computed once. Left as they are, the host quantizes some of them, and
+raises where BatchNorm is to be folded into one.
 """
 
 from __future__ import annotations
@@ -13,56 +13,83 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from inc_clusterq.reconstruction.graph import WEIGHTED, attribute
+from inc_clusterq.reconstruction.graph import WEIGHTED, active_nodes, attribute
+
+BIAS = 2  # its position among the arguments, where there is one
 
 
 @torch.no_grad()
 def compute_weights(graph_module: fx.GraphModule) -> int:
-    """Replace computed weights and biases of convolutions and linear operators, in place; returns how many there were."""
-    graph, values = graph_module.graph, dict[fx.Node, Any]()
-    from_input = _from_input(graph)
-    count = 0
+    """Replace computed weights and biases of convolutions and linear operators, in place; returns how many there were.
+
+    What draws random numbers, or is overwritten on the way, stays as it is.
+    """
+    graph, active = graph_module.graph, active_nodes(graph_module)
+    written = _written(graph, active)
+    computed: dict[fx.Node, str] = {}  # node -> the attribute that has its value
     for node in [node for node in graph.nodes if node.target in WEIGHTED]:
-        for position in (1, 2):  # weight and bias
-            computed = node.args[position] if position < len(node.args) else None
-            if not isinstance(computed, fx.Node) or computed.op == "get_attr" or computed in from_input:
+        for source in [node.args[position] for position in (WEIGHTED[node.target], BIAS) if position < len(node.args)]:
+            if not isinstance(source, fx.Node) or source.op == "get_attr" or source in active:
                 continue
-            name = f"{computed.name}_computed"
-            if not hasattr(graph_module, name):
-                graph_module.register_parameter(name, nn.Parameter(_value(graph_module, computed, values).clone()))
-                count += 1
-            with graph.inserting_before(computed):
-                constant = graph.get_attr(name)
-            constant.meta = {"val": computed.meta["val"]}
-            node.replace_input_with(computed, constant)
-    if count:
-        _forget_unused(graph_module)
+            cone = _ancestors(source, active)
+            if cone & written or any(part.is_impure() for part in cone):
+                continue
+            if source not in computed:
+                computed[source] = _fresh(graph_module, f"{source.name}_computed")
+                value = _value(graph_module, source, cone).clone()
+                graph_module.register_parameter(computed[source], nn.Parameter(value))
+            with graph.inserting_before(source):
+                constant = graph.get_attr(computed[source])
+            constant.meta = {"val": source.meta["val"]}
+            node.replace_input_with(source, constant)
+    if computed:
+        _forget_unused(graph)
         graph_module.recompile()
-    return count
+    return len(computed)
 
 
-def _from_input(graph: fx.Graph) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
-            found.add(node)
+def _ancestors(node: fx.Node, active: set[fx.Node]) -> set[fx.Node]:
+    """The node and what it is computed from, as far as that does not depend on the input."""
+    found, pending = {node}, [node]
+    while pending:
+        sources = {source for source in pending.pop().all_input_nodes if source not in active} - found
+        found |= sources
+        pending += sources
     return found
 
 
-def _value(graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """What a node gives that does not depend on the input; `values` remembers what has been computed."""
-    if node not in values:
+def _written(graph: fx.Graph, active: set[fx.Node]) -> set[fx.Node]:
+    """What an operator that overwrites may have overwritten, itself or through a view."""
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.is_impure():
+            written |= _ancestors(node, active) - {node}
+    return written
+
+
+def _value(graph_module: fx.GraphModule, wanted: fx.Node, cone: set[fx.Node]) -> torch.Tensor:
+    values: dict[fx.Node, Any] = {}
+    for node in graph_module.graph.nodes:
+        if node not in cone:
+            continue
         if node.op == "get_attr":
             values[node] = attribute(graph_module, str(node.target))
         else:
-            args: Any = map_arg(node.args, lambda source: _value(graph_module, source, values))
-            kwargs: Any = map_arg(node.kwargs, lambda source: _value(graph_module, source, values))
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return values[node]
+            args: Any = map_arg(node.args, values.__getitem__)
+            kwargs: Any = map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    value: torch.Tensor = values[wanted]
+    return value
 
 
-def _forget_unused(graph_module: fx.GraphModule) -> None:
+def _fresh(module: nn.Module, name: str) -> str:
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
+def _forget_unused(graph: fx.Graph) -> None:
     """Drop operators that nothing reads any more, if they don't write either."""
-    for node in reversed(list(graph_module.graph.nodes)):
+    for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("get_attr", "call_function") and not node.is_impure():
-            graph_module.graph.erase_node(node)
+            graph.erase_node(node)

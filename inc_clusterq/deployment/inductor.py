@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 import inc_clusterq.deployment.backend  # noqa: F401  # without it Inductor has no int8 kernels
 from inc_clusterq.errors import DeploymentError
@@ -73,19 +74,26 @@ def compile_frozen(
         with torch.no_grad(), inductor_config.patch(freezing=True):
             compiled(example)
     except Exception as error:  # the compiler raises whatever its stages raise
-        cause = _cause(error)
-        hint = " (Inductor needs one, for example g++, on the path)" if "C++ compiler" in cause else ""
-        raise DeploymentError(f"the model cannot be compiled: {cause}{hint}") from error
+        raise DeploymentError(f"the model cannot be compiled: {_cause(error)}") from error
     return compiled
 
 
 def _cause(error: BaseException) -> str:
-    """What was raised first, with the place where it says nothing: the compiler wraps it in errors of its own."""
-    while inner := error.__cause__ or getattr(error, "inner_exception", None):
-        error = inner
+    """What was raised first, which the compiler wraps in errors of its own; where it says nothing, the place."""
+    seen = [error]
+    while not isinstance(error, CppCompileError):
+        inner = error.__cause__ or getattr(error, "inner_exception", None)
+        if inner is None or inner in seen:
+            break
+        seen.append(error := inner)
+    if isinstance(error, CppCompileError):
+        lines = error.output.strip().splitlines() or ["it says nothing"]
+        return f"the C++ compiler failed: {next((line for line in lines if 'error' in line.lower()), lines[-1])}"
     said = str(error).strip().splitlines()
-    *_, place = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {said[0] if said else f'{Path(place.filename).name}, line {place.lineno}: {place.line}'}"
+    if not said and (places := traceback.extract_tb(error.__traceback__)):
+        said = [f"{Path(places[-1].filename).name}, line {places[-1].lineno}: {places[-1].line}"]
+    hint = " (Inductor needs one, for example g++, on the path)" if isinstance(error, InvalidCxxCompiler) else ""
+    return f"{type(error).__name__}: {said[0] if said else ''}{hint}"
 
 
 @torch.no_grad()

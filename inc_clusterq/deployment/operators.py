@@ -29,10 +29,10 @@ Precision = Literal["int8", "fused", "float"]
 KINDS: dict[Any, Kind] = {
     aten.conv1d.default: "convolution",
     aten.conv2d.default: "convolution",
-    aten.conv2d.padding: "convolution",
     aten.conv3d.default: "convolution",
     aten.conv_transpose1d.default: "convolution",
     aten.conv_transpose2d.input: "convolution",
+    aten.conv_transpose3d.input: "convolution",
     aten.linear.default: "linear",
     aten.add.Tensor: "addition",
     aten.add_.Tensor: "addition",

@@ -112,6 +112,9 @@ def _descend(
         optimiser.step()
         schedule.step()
         if (step + 1) % look_every == 0 or step + 1 == steps:
+            if not finite(parts):
+                stage.advance(steps - told)
+                return
             stage.advance(step + 1 - told, f"loss {total:.4g}")
             told = step + 1
         if time.monotonic() - saved >= SAVE_SECONDS:

@@ -23,6 +23,7 @@ WEIGHTED: dict[Any, int] = {  # operator -> position of its weight argument
     aten.conv3d.default: 1,
     aten.conv_transpose1d.default: 1,
     aten.conv_transpose2d.input: 1,
+    aten.conv_transpose3d.input: 1,
     aten.linear.default: 1,
 }
 # Activation functions: a cut before one would make a target that the function then distorts (MRECG code: target after it).
@@ -119,7 +120,7 @@ def partition(graph_module: fx.GraphModule) -> list[Unit]:
 
     The graph must have one tensor input. Its observers may still be the host's.
     """
-    active = _active_nodes(graph_module)
+    active = active_nodes(graph_module)
     order = [node for node in graph_module.graph.nodes if node in active]
     rank = {node: position for position, node in enumerate(order)}
     last_use = {node: max((rank[user] for user in node.users), default=rank[node]) for node in order}
@@ -163,7 +164,7 @@ def extract(graph_module: fx.GraphModule, unit: Unit, input_of: str | None = Non
     return fx.GraphModule(graph_module, graph)
 
 
-def _active_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
+def active_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
     """Nodes that depend on the input."""
     active: set[fx.Node] = set()
     for node in graph_module.graph.nodes:

@@ -92,8 +92,6 @@ def columns(x: Tensor, layer: Layer, operator: fx.Node, wanted: int | None = Non
         return x.reshape(1, -1, x.shape[-1]).mT
     named = named_arguments(operator)
     kernel, stride, padding, dilation = layer.shape[2:], *(tuple(named[key]) for key in ("stride", "padding", "dilation"))
-    if len(kernel) == 1:
-        x, kernel, stride, padding, dilation = x[:, :, None], (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
     reach = [step * (size - 1) + 1 for step, size in zip(dilation, kernel, strict=True)]
     outputs = [(size - covered) // step + 1 for size, covered, step in zip(x.shape[2:], reach, stride, strict=True)]

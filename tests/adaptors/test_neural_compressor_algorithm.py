@@ -9,7 +9,7 @@ import pytest
 import torch
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import convert, prepare, quantize
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
@@ -76,6 +76,19 @@ def test_quantizing_leaves_the_users_float_model_alone(network: Network, name: s
     assert not torch.equal(result(inputs), module(inputs))
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_rewriting_that_changes_the_network_is_an_error(
+    exported: nn.Module, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(graph_module: fx.GraphModule) -> None:
+        (relu, *_) = [node for node in graph_module.graph.nodes if node.target is torch.ops.aten.relu.default]
+        relu.target = torch.ops.aten.hardswish.default
+        graph_module.recompile()
+
+    monkeypatch.setattr("inc_clusterq.adaptors.neural_compressor_algorithm.canonicalise", wrong)
+    with pytest.raises(ModelError, match="differs from the float model"):
+        quantize(exported, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs))  # type: ignore[arg-type]
 
 
 def test_run_args_reach_the_calibration(exported: nn.Module, inputs: Tensor) -> None:

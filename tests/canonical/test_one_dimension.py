@@ -35,6 +35,11 @@ def operators(graph_module: fx.GraphModule) -> list[object]:
 LIFTED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "hardswish": functional.hardswish,
+    "gelu": lambda x: functional.gelu(x, approximate="tanh"),
+    "weighted_sum": lambda x: torch.add(x, x, alpha=3),
+    "one_factor": lambda x: x * torch.tensor(0.3),
+    "group_norm": lambda x: functional.group_norm(x, 2, torch.linspace(0, 1, 8)),
+    "instance_norm": lambda x: functional.instance_norm(x),
     "leaky_relu": lambda x: functional.leaky_relu(x, 0.2),
     "prelu": lambda x: functional.prelu(x, torch.linspace(0, 1, 8)),
     "scaled": lambda x: 2 * x + 1,
@@ -75,6 +80,7 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
     "greatest": lambda x: x.amax(-1, keepdim=True),
     "per_position": lambda x: x + torch.linspace(0, 1, 17),
     "mean_over_channels": lambda x: x - x.mean(1, keepdim=True),
+    "with_nothing": lambda x: torch.cat([x, torch.empty(0)], 2),
     "layer_norm": lambda x: functional.layer_norm(x, (17,)),
 }
 
@@ -141,9 +147,46 @@ def test_two_convolutions_that_read_one_signal_read_one_image(export: Export) ->
             result: Tensor = self.a(x) - self.b(x)
             return result
 
-    exported = export(Two(), torch.randn(2, 3, 17))
+    module, inputs = Two(), torch.randn(2, 3, 17)
+    exported = export(module, inputs)
     lift_to_two_dimensions(exported)
     assert operators(exported).count(aten.unsqueeze.default) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), module(inputs))
+
+
+def test_a_convolution_of_a_single_sample_is_left_alone(export: Export) -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.pattern = nn.Conv1d(3, 3, 3, padding=1), nn.Parameter(torch.randn(3, 17))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = x + self.a(self.pattern)
+            return result
+
+    module, inputs = Single(), torch.randn(2, 3, 17)
+    exported = export(module, inputs)
+    assert lift_to_two_dimensions(exported) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), module(inputs))
+
+
+def test_a_weight_never_takes_the_name_of_another(export: Export) -> None:
+    class Named(nn.Conv1d):
+        def __init__(self) -> None:
+            super().__init__(3, 3, 1)
+            self.weight_2d = nn.Parameter(torch.randn(3, 3, 1, 1))
+
+        def forward(self, input: Tensor) -> Tensor:
+            signal = functional.conv1d(input, self.weight, self.bias)
+            return functional.conv2d(signal.unsqueeze(2), self.weight_2d)
+
+    module, inputs = Named(), torch.randn(2, 3, 17)
+    exported = export(module, inputs)
+    assert lift_to_two_dimensions(exported) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), module(inputs))
 
 
 def test_a_network_on_images_is_left_alone(export: Export, network: Network) -> None:

@@ -62,12 +62,52 @@ def test_nothing_of_the_computation_is_left(export: Export) -> None:
     assert compute_weights(exported) == 0
 
 
-def test_a_kernel_that_depends_on_the_input_stays_computed(export: Export) -> None:
-    class Dynamic(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return functional.conv2d(x, x.mean((0, 2, 3)).view(1, 3, 1, 1).expand(4, 3, 1, 1))
+class Own(nn.Module):
+    """A convolution whose weight `make` computes, from its own and the input."""
 
-    exported = export(Dynamic(), torch.randn(2, 3, 8, 8))
+    def __init__(self, make: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.make = nn.Conv2d(3, 3, 3), make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu_(functional.conv2d(x, self.make(self.layer.weight, x)))
+
+
+def masked(weight: Tensor, x: Tensor) -> Tensor:
+    weight = weight.clone()
+    weight[:, :, 1:] = 0
+    return weight
+
+
+def long(weight: Tensor, x: Tensor) -> Tensor:
+    for _ in range(600):
+        weight = weight * 1.001
+    return weight
+
+
+STAY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "from_the_input": lambda weight, x: weight * x.mean(),
+    "overwritten_through_a_view": masked,
+    "overwritten_with_the_input": lambda weight, x: weight.clone().copy_(x[0, :, :3, :3].expand(3, 3, 3, 3)),
+    "random": lambda weight, x: weight + 0 * torch.rand_like(weight),
+}
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_what_is_not_a_constant_stays_computed(export: Export, name: str) -> None:
+    module, inputs = Own(STAY[name]), torch.randn(5, 3, 8, 8)
+    exported = export(module, inputs)
     before = exported.code
     assert compute_weights(exported) == 0
     assert exported.code == before
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), module(inputs))
+
+
+@pytest.mark.parametrize("make", [lambda weight, x: 2 * weight, long], ids=["short", "long"])
+def test_operators_in_place_elsewhere_do_not_matter(export: Export, make: Callable[[Tensor, Tensor], Tensor]) -> None:
+    module, inputs = Own(make), torch.randn(5, 3, 8, 8)
+    exported = export(module, inputs)
+    assert compute_weights(exported) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), module(inputs))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import CppCompileError
 from torch._inductor.utils import run_and_get_code
 
 from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen, measure_latency
@@ -141,6 +143,25 @@ def test_of_a_failed_compilation_the_first_error_is_told(
     with pytest.raises(
         DeploymentError, match=r"cannot be compiled: AssertionError: test_inductor\.py, line \d+: raise AssertionError$"
     ):
+        compile_frozen(pair[0], pair[1][:1])
+
+
+def test_an_error_without_a_place_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch, pair: tuple[nn.Module, Tensor]) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("outer") from AssertionError()
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", failing)
+    with pytest.raises(DeploymentError, match=r"cannot be compiled: AssertionError: $"):
+        compile_frozen(pair[0], pair[1][:1])
+
+
+def test_of_the_cpp_compiler_its_first_error_is_told(monkeypatch: pytest.MonkeyPatch, pair: tuple[nn.Module, Tensor]) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        command = subprocess.CalledProcessError(1, ["g++"])
+        raise CppCompileError(["g++"], "In file a.cpp:\na.cpp:3: fatal error: Python.h: No such file\nstopped") from command
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", failing)
+    with pytest.raises(DeploymentError, match=r"the C\+\+ compiler failed: a\.cpp:3: fatal error: Python\.h: No such file$"):
         compile_frozen(pair[0], pair[1][:1])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import fx, nn
 
 from inc_clusterq.deployment.inductor_operators import compile_and_list
 from inc_clusterq.deployment.operators import (
@@ -70,6 +71,13 @@ def test_what_the_host_leaves_in_float_is_a_fallback_and_strict_names_it(saved: 
     assert "in float: up, fc" in summary(operators)
     with pytest.raises(DeploymentError, match=r"2 operator\(s\) in float: up .*the host's quantizer leaves"):
         require_int8(operators, "inductor")
+
+
+def test_transposed_convolutions_of_any_dimension_are_listed() -> None:
+    for layer, shape in ((nn.ConvTranspose1d, (9,)), (nn.ConvTranspose2d, (9, 9)), (nn.ConvTranspose3d, (5, 5, 5))):
+        program = torch.export.export(layer(3, 4, 2), (torch.zeros(1, 3, *shape),)).module()
+        assert isinstance(program, fx.GraphModule)
+        assert [(found.kind, found.quantizable) for found in source_operators(program)] == [("convolution", True)]
 
 
 def test_without_freezing_the_list_says_that_everything_is_in_float(

@@ -41,13 +41,14 @@ def test_columns_are_what_the_operator_multiplies(quantized: Quantized, network:
 
 
 @torch.no_grad()
-def test_columns_know_dilation_padding_and_one_dimension(prepare: Prepare) -> None:
+def test_columns_know_dilation_padding_and_height_1(prepare: Prepare) -> None:
     plane = nn.Sequential(nn.Conv2d(3, 4, (3, 1), (1, 2), (2, 0), (2, 1)), nn.Conv2d(4, 4, 1, padding=1))
     line = nn.Sequential(nn.Conv1d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv1d(4, 6, 2, dilation=2, groups=2))
     for module, x in ((plane, torch.randn(2, 3, 9, 8)), (line, torch.randn(2, 3, 17))):
         graph_module = prepare(module.eval(), x)
         for layer in [layer for unit in partition(graph_module) for layer in unit.layers]:
-            assert_columns_are_what_the_operator_multiplies(graph_module, layer, x)
+            image = x if module is plane else x.unsqueeze(2)  # networks on signals are prepared as networks on images
+            assert_columns_are_what_the_operator_multiplies(graph_module, layer, image)
             x = attribute(module, layer.name)(x)
 
 
