@@ -22,21 +22,20 @@ BIAS = 2  # its position among the arguments, where there is one
 def compute_weights(graph_module: fx.GraphModule) -> int:
     """Replace computed weights and biases of convolutions and linear operators, in place; returns how many there were.
 
-    What draws random numbers, or is overwritten on the way, stays as it is.
+    What draws random numbers, or is overwritten with what depends on the input, stays as it is.
     """
     graph, active = graph_module.graph, active_nodes(graph_module)
-    written = _written(graph, active)
     computed: dict[fx.Node, str] = {}  # node -> the attribute that has its value
     for node in [node for node in graph.nodes if node.target in WEIGHTED]:
         for source in [node.args[position] for position in (WEIGHTED[node.target], BIAS) if position < len(node.args)]:
             if not isinstance(source, fx.Node) or source.op == "get_attr" or source in active:
                 continue
-            cone = _ancestors(source, active)
-            if cone & written or any(part.is_impure() for part in cone):
-                continue
             if source not in computed:
+                parts = _computation(graph, source, node, active)
+                if parts is None:
+                    continue
                 computed[source] = _fresh(graph_module, f"{source.name}_computed")
-                value = _value(graph_module, source, cone).clone()
+                value = _value(graph_module, source, parts).clone()
                 graph_module.register_parameter(computed[source], nn.Parameter(value))
             with graph.inserting_before(source):
                 constant = graph.get_attr(computed[source])
@@ -46,6 +45,23 @@ def compute_weights(graph_module: fx.GraphModule) -> int:
         _forget_unused(graph)
         graph_module.recompile()
     return len(computed)
+
+
+def _computation(graph: fx.Graph, source: fx.Node, reader: fx.Node, active: set[fx.Node]) -> set[fx.Node] | None:
+    """All operators that `source` depends on, those that overwrite it in place included; None where it is no constant."""
+    parts = _ancestors(source, active)
+    order = list(graph.nodes)
+    writing = [node for node in order if node.op == "call_function" and node.is_impure() and not _is_random(node)]
+    while writers := [node for node in writing if node not in parts and (_ancestors(node, active) - {node}) & parts]:
+        if any(node in active for node in writers) or order.index(writers[-1]) > order.index(reader):
+            return None
+        for node in writers:
+            parts |= _ancestors(node, active)
+    return None if any(map(_is_random, parts)) else parts
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _ancestors(node: fx.Node, active: set[fx.Node]) -> set[fx.Node]:
@@ -58,22 +74,13 @@ def _ancestors(node: fx.Node, active: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _written(graph: fx.Graph, active: set[fx.Node]) -> set[fx.Node]:
-    """What an operator that overwrites may have overwritten, itself or through a view."""
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "call_function" and node.is_impure():
-            written |= _ancestors(node, active) - {node}
-    return written
-
-
-def _value(graph_module: fx.GraphModule, wanted: fx.Node, cone: set[fx.Node]) -> torch.Tensor:
+def _value(graph_module: fx.GraphModule, wanted: fx.Node, parts: set[fx.Node]) -> torch.Tensor:
     values: dict[fx.Node, Any] = {}
     for node in graph_module.graph.nodes:
-        if node not in cone:
+        if node not in parts:
             continue
         if node.op == "get_attr":
-            values[node] = attribute(graph_module, str(node.target))
+            values[node] = attribute(graph_module, str(node.target)).clone()  # it is the user's, and may be overwritten
         else:
             args: Any = map_arg(node.args, values.__getitem__)
             kwargs: Any = map_arg(node.kwargs, values.__getitem__)
