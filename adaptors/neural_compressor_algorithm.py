@@ -108,7 +108,7 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
     example = _random_input(model)
     with torch.no_grad():
         reference = model(example)
-    canonicalise(model)
+    canonicalise(model)  # which a job has done; a user's own call of the host's export has not
     dynamic_shapes = getattr(model, "dynamic_shapes", None)
     W8A8PT2EQuantizer.is_dynamic = False  # a class attribute that the host's dynamic algorithm leaves set
     # A copy: the exported graph shares its parameters with the user's float model.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from inc_clusterq.canonical.names import unused_name
 from inc_clusterq.reconstruction.graph import ACTIVATIONS, named_arguments
 
 aten = torch.ops.aten
@@ -111,16 +112,14 @@ class _Lifting:
             return self._image(weight)
         if weight not in self._weights:
             owner, name = self._owner(weight)
-            tensor, added = getattr(owner, name), "_2d"
-            while hasattr(owner, name + added):
-                added += "_"
+            tensor, new = getattr(owner, name), unused_name(owner, f"{name}_2d")
             image = tensor.detach().unsqueeze(AXIS)
             if isinstance(tensor, nn.Parameter):
-                owner.register_parameter(name + added, nn.Parameter(image, requires_grad=tensor.requires_grad))
+                owner.register_parameter(new, nn.Parameter(image, requires_grad=tensor.requires_grad))
             else:
-                owner.register_buffer(name + added, image)
+                owner.register_buffer(new, image)
             with self._graph.inserting_before(weight):
-                self._weights[weight] = self._graph.get_attr(f"{weight.target}{added}")
+                self._weights[weight] = self._graph.get_attr(str(weight.target).removesuffix(name) + new)
             self._weights[weight].meta = _planar_meta(weight) | {"val": weight.meta["val"].unsqueeze(AXIS)}
         return self._weights[weight]
 
@@ -175,7 +174,7 @@ def _pad(given: dict[str, Any], lift: Lift) -> Call | None:
         widths[2:2] = [0, 0]
     if mode != "constant" and len(widths) != 4:
         return None
-    return (aten.pad.default, (lift(given["self"]), widths, mode, given["value"]))
+    return aten.pad.default, (lift(given["self"]), widths, mode, given["value"])
 
 
 RULES: dict[Any, Callable[[dict[str, Any], Lift], Call | None]] = {

@@ -3,7 +3,7 @@
 The host's quantizer goes by the module that an operator came from, and takes all that came from a convolution module for
 convolutions. One that pads by reflection, periodically or with the border's values holds a padding too, at which it raises.
 Where the export does not tell what operators came from (not strict, the host's second try), the host goes by the modules around
-them, which those that are rewritten here have not all.
+them. A padding that was rewritten has no such module, and would tear one apart, so convolutions are named there too.
 """
 
 from __future__ import annotations

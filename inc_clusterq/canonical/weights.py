@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from inc_clusterq.canonical.names import unused_name
 from inc_clusterq.reconstruction.graph import WEIGHTED, active_nodes, attribute
 
 BIAS = 2  # its position among the arguments, where there is one
@@ -34,7 +35,7 @@ def compute_weights(graph_module: fx.GraphModule) -> int:
                 parts = _computation(graph, source, node, active)
                 if parts is None:
                     continue
-                computed[source] = _fresh(graph_module, f"{source.name}_computed")
+                computed[source] = unused_name(graph_module, f"{source.name}_computed")
                 value = _value(graph_module, source, parts).clone()
                 graph_module.register_parameter(computed[source], nn.Parameter(value))
             with graph.inserting_before(source):
@@ -87,12 +88,6 @@ def _value(graph_module: fx.GraphModule, wanted: fx.Node, parts: set[fx.Node]) -
             values[node] = node.target(*args, **kwargs)
     value: torch.Tensor = values[wanted]
     return value
-
-
-def _fresh(module: nn.Module, name: str) -> str:
-    while hasattr(module, name):
-        name += "_"
-    return name
 
 
 def _forget_unused(graph: fx.Graph) -> None:

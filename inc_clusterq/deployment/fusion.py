@@ -24,7 +24,7 @@ from torch import fx
 from inc_clusterq.deployment.backend import QUANTIZE
 
 aten = torch.ops.aten
-MULTIPLIES = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
+MULTIPLIES = {aten.conv2d.default, aten.conv3d.default, aten.linear.default}  # the kernel over one axis takes ReLU alone
 RELUS = {aten.relu.default}
 HARDTANHS = {aten.hardtanh.default}
 

@@ -32,6 +32,18 @@ def operators(graph_module: fx.GraphModule) -> list[object]:
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
+def lift_between(export: Export, function: Callable[[Tensor], Tensor]) -> list[object]:
+    """Lift a network with `function` between two convolutions; its operators, after a comparison with the network."""
+    module = Between(function)
+    inputs = torch.randn(6, 3, 17, generator=torch.Generator().manual_seed(0))
+    exported = export(module, inputs)
+    assert lift_to_two_dimensions(exported) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), module(inputs))
+        torch.testing.assert_close(exported(inputs[:1]), module(inputs[:1]))  # the batch dimension is still free
+    return operators(exported)
+
+
 LIFTED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "hardswish": functional.hardswish,
@@ -61,17 +73,10 @@ LIFTED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", LIFTED)
 def test_what_lies_between_convolutions_is_lifted_with_them(export: Export, name: str) -> None:
-    module = Between(LIFTED[name])
-    inputs = torch.randn(6, 3, 17, generator=torch.Generator().manual_seed(0))
-    exported = export(module, inputs)
-    assert lift_to_two_dimensions(exported) == 2
-    found = operators(exported)
+    found = lift_between(export, LIFTED[name])
     assert found.count(aten.conv2d.default) == 2
     assert found.count(aten.squeeze.dim) == 1
     assert found[-1] is aten.squeeze.dim
-    with torch.no_grad():
-        torch.testing.assert_close(exported(inputs), module(inputs))
-        torch.testing.assert_close(exported(inputs[:1]), module(inputs[:1]))  # the batch dimension is still free
 
 
 LEFT: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,13 +92,7 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_has_no_counterpart_reads_signals_as_before(export: Export, name: str) -> None:
-    module = Between(LEFT[name])
-    inputs = torch.randn(6, 3, 17, generator=torch.Generator().manual_seed(0))
-    exported = export(module, inputs)
-    assert lift_to_two_dimensions(exported) == 2
-    assert operators(exported).count(aten.squeeze.dim) > 1
-    with torch.no_grad():
-        torch.testing.assert_close(exported(inputs), module(inputs))
+    assert lift_between(export, LEFT[name]).count(aten.squeeze.dim) > 1
 
 
 def test_every_node_knows_its_shape(export: Export, network: Network) -> None:
