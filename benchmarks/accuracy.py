@@ -26,8 +26,8 @@ from rich.console import Console
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 
 NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False, "views": 1}
-OURS = "ours, no data"
-COLUMNS = ("INC noise", "INC real", "nearest, real", "ours, real", OURS)
+NOISE, OURS = "INC noise", "ours, no data"
+COLUMNS = (NOISE, "INC real", "nearest, real", "ours, real", OURS)
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 def _measured(
     net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console
 ) -> Iterator[dict[str, Any]]:
-    """The figures of a network as they grow, after every width."""
+    """The figures of a network as they grow, model by model."""
     adaptor = NeuralCompressorAdaptor()
     exported = adaptor.export(subject.model)
 
@@ -68,36 +68,37 @@ def _measured(
     }
     earlier.fill({"top1": top1, "synthesis_seconds": seconds}, "top1", net)
     yield figures
+
+    def lacks(width: str, column: str, position: int) -> bool:
+        measurable = column in (OURS, NOISE) or subject.training is not None
+        return measurable and (width == "W8A8" or not column.startswith("INC")) and len(top1[width][column]) == position
+
     for position, seed in enumerate(options.seeds):
-        lacking = [pair for pair, width in zip(options.widths, widths, strict=True) if len(top1[width][OURS]) == position]
+        lacking = [(width, column) for width in widths for column in COLUMNS if lacks(width, column, position)]
         if not lacking:
             continue
-        began = time.perf_counter()
-        synthetic = common.synthetic(subject, options, seed)
-        synthesis = time.perf_counter() - began
-        if len(seconds) == position:
-            seconds.append(synthesis)
+        synthetic = torch.empty(0)
+        if any(column == OURS for _, column in lacking):
+            began = time.perf_counter()
+            synthetic = common.synthetic(subject, options, seed)
+            if len(seconds) == position:
+                seconds.append(time.perf_counter() - began)
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(synthetic.shape, generator=generator)
-        real = None
+        images = {OURS: synthetic, NOISE: torch.randn(common.IMAGES, *subject.model.input.shape, generator=generator)}
         if subject.training is not None:
             real = subject.training[torch.randperm(len(subject.training), generator=generator)[: common.IMAGES]]
-        for weight, activation in lacking:
-            found = top1[width := f"W{weight}A{activation}"]
-            if (weight, activation) == (8, 8):
-                found["INC noise"].append(score(adaptor.quantize_static(exported, noise.split(common.BATCH))))
-                if real is not None:
-                    found["INC real"].append(score(adaptor.quantize_static(exported, real.split(common.BATCH))))
-            if real is not None:
-                nearest = common.reconstructed(exported, real, weight, activation, seed, options, **NEAREST)
-                found["nearest, real"].append(score(nearest))
-                found["ours, real"].append(score(common.reconstructed(exported, real, weight, activation, seed, options)))
-            began = time.perf_counter()
-            ours = common.reconstructed(exported, synthetic, weight, activation, seed, options, no_data=True)
-            found[OURS].append(score(ours))
+            images |= dict.fromkeys(("INC real", "nearest, real", "ours, real"), real)
+        for width, column in lacking:
+            began, inputs = time.perf_counter(), images[column]
+            if column.startswith("INC"):
+                model = adaptor.quantize_static(exported, inputs.split(common.BATCH))
+            else:
+                keys = NEAREST if column == "nearest, real" else {}
+                bits = int(width[1]), int(width[3])
+                model = common.reconstructed(exported, inputs, *bits, seed, options, no_data=column == OURS, **keys)
+            top1[width][column].append(score(model))
             spent = time.perf_counter() - began
-            last = {column: round(values[-1], 2) for column, values in found.items() if values}
-            console.print(f"  seed {seed} {width}: {last}; synthesis {synthesis:.0f} s, reconstruction {spent:.0f} s")
+            console.print(f"  seed {seed} {width} {column}: {top1[width][column][-1]:.2f} in {spent:.0f} s", highlight=False)
             yield figures
 
 
