@@ -63,6 +63,7 @@ class Inspection:
             (f"coverage of the ranges they imply, {mean}", lambda q: _share(q.mean("implied_coverage"))),
             (f"beyond those ranges, {mean}", lambda q: _share(q.mean("implied_excess"))),
             (f"class separability, {last}", lambda q: _number(q.layers[-1].separability)),
+            (f"variation between samples, {mean}", lambda q: _share(q.mean("variation"))),
             (f"diversity, directions, {last}", lambda q: _number(q.layers[-1].diversity)),
             ("nearest neighbour, share of the value range", lambda q: _share(q.nearest)),
             ("recognised by the model as their class", lambda q: _share(q.recognised)),

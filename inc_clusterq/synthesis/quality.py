@@ -8,6 +8,8 @@ occur in a channel and [s, t] a range to be compared with:
     excess                |[a, b] without [s, t]| / |[s, t]|, mean over channels                           (0 is best)
     separability          deviation between classes / deviation within, of the samples' channel means, in units of sigma;
                           variance components of a one-way analysis of variance, so that few samples do not flatter it
+    variation             share of a channel's variance v that lies between the samples' means, mean over channels: 0 where
+                          samples are alike, 1 where each is constant; running statistics do not tell it, real inputs do
     diversity             (sum lambda)^2 / sum lambda^2 of the covariance of those channel means: in how many directions
                           the samples spread (participation ratio)
 
@@ -62,6 +64,7 @@ class LayerQuality:
     real_coverage: float | None
     real_excess: float | None
     separability: float | None
+    variation: float
     diversity: float
 
 
@@ -152,6 +155,7 @@ def _layer(seen: Seen, name: str, reference: Reference, real: Range | None, clas
         real_coverage,
         real_excess,
         separability(features, classes) if classes is not None else None,
+        variation(seen.samples),
         diversity(features),
     )
 
@@ -185,6 +189,13 @@ def separability(features: Tensor, labels: Tensor) -> float | None:
     if within == 0:
         return None
     return float((((between - within) / typical).clamp(min=0) / within).sqrt())
+
+
+def variation(samples: Moments) -> float:
+    """Share of the variance between samples, from moments (N, C); constant channels are left out, 0 where all are."""
+    between, whole = samples.mean.var(0, correction=0), batch_moments(samples).variance
+    counted = whole > 0
+    return float((between / whole)[counted].mean()) if bool(counted.any()) else 0.0
 
 
 def diversity(features: Tensor) -> float:
