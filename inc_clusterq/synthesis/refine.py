@@ -20,8 +20,8 @@ from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.spectrum import Pixels, Waves
 from inc_clusterq.synthesis.teacher import Teacher
 
-# By trial: at 224 pixels the higher rate drives the statistics away before it brings them back.
-SMALL_RATE, LARGE_RATE, LARGE_WAVE_RATE = 0.03, 0.01, 0.02
+# By trial: at 224 pixels a higher rate drives the statistics away before it brings them back.
+SMALL_RATE, LARGE_RATE = 0.03, 0.01
 LARGE_SMOOTHNESS = 1.0
 START_DEVIATION = 0.25  # of the value range, of the noise that is refined where no generator ran
 
@@ -82,7 +82,7 @@ def _descend(
     image = Waves(start, smoothness) if smoothness else Pixels(start)
     rate = settings.refine_learning_rate
     if rate is None:
-        rate = SMALL_RATE if not is_large(full.shape) else LARGE_WAVE_RATE if smoothness else LARGE_RATE
+        rate = LARGE_RATE if is_large(full.shape) else SMALL_RATE
 
     def evaluated() -> Losses:
         x = torch.addcmul(low, high - low, image.unit())  # `from_unit` without its clamp, which costs two passes over an image

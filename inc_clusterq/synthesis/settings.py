@@ -143,8 +143,8 @@ class ClusterQSettings(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. Null: 0.03; for "
-        "images of 96 pixels or more 0.02 for waves (`refine_smoothness`) and 0.01 for pixels. By trial.",
+        description="Adam's learning rate of the refinement, as a share of the value range, cosine decay to 0. Null: 0.03, "
+        "and 0.01 for images of 96 pixels or more. By trial.",
     )
     refine_smoothness: float | None = Field(
         default=None,

@@ -44,6 +44,25 @@ def test_dead_leaves_lie_in_the_range_and_cover_the_ground() -> None:
     assert not torch.equal(leaves[0], leaves[1])
 
 
+def test_images_differ_in_brightness_cast_contrast_and_busyness() -> None:
+    """As photographs do; by pixels alone, and against what leaves of one kind in one light have."""
+    images = dead_leaves((3, 96, 96), 64, torch.Generator().manual_seed(3))
+    grey = images.mean(1)
+    deviation = grey.std((1, 2))
+    busy = grey.diff(dim=2).abs().mean((1, 2)) / deviation
+    cast = (images.mean((2, 3)) - grey.mean((1, 2))[:, None]).std()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, alike in {"CONTRASTS": 0.0, "BRIGHTNESS": 0.0, "CAST": 0.0, "LARGEST": 0.021}.items():
+            patch.setattr(f"inc_clusterq.synthesis.leaves.{name}", alike)
+        one_kind = dead_leaves((3, 96, 96), 64, torch.Generator().manual_seed(3)).mean(1)
+    lower, upper = deviation.quantile(torch.tensor([0.1, 0.9]))
+    assert upper > 2 * lower
+    lower, upper = busy.quantile(torch.tensor([0.1, 0.9]))
+    assert upper > 2 * lower
+    assert cast > 0.05
+    assert grey.mean((1, 2)).std() > 1.4 * one_kind.mean((1, 2)).std()
+
+
 def test_a_leaf_covers_no_pixel_that_is_left_out() -> None:
     """Against every leaf painted over the whole of every image."""
     shape, samples = (2, 23, 40), 5
