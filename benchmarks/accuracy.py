@@ -77,17 +77,16 @@ def _measured(
         lacking = [(width, column) for width in widths for column in COLUMNS if lacks(width, column, position)]
         if not lacking:
             continue
-        synthetic = torch.empty(0)
-        if any(column == OURS for _, column in lacking):
-            began = time.perf_counter()
-            synthetic = common.synthetic(subject, options, seed)
-            if len(seconds) == position:
-                seconds.append(time.perf_counter() - began)
         generator = torch.Generator().manual_seed(seed)
-        images = {OURS: synthetic, NOISE: torch.randn(common.IMAGES, *subject.model.input.shape, generator=generator)}
+        images = {NOISE: torch.randn(common.IMAGES, *subject.model.input.shape, generator=generator)}
         if subject.training is not None:
             real = subject.training[torch.randperm(len(subject.training), generator=generator)[: common.IMAGES]]
             images |= dict.fromkeys(("INC real", "nearest, real", "ours, real"), real)
+        if any(column == OURS for _, column in lacking):
+            began = time.perf_counter()
+            images[OURS] = common.synthetic(subject, options, seed)
+            if len(seconds) == position:
+                seconds.append(time.perf_counter() - began)
         for width, column in lacking:
             began, inputs = time.perf_counter(), images[column]
             if column.startswith("INC"):

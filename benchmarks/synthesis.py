@@ -4,6 +4,7 @@ Sources:
   noise               Gaussian noise
   statistics          pixels optimised on the BatchNorm statistics alone: no generator, no class, no alignment
   clusterq            the default synthesis
+  leaves              the same from dead leaves, as large images are made by default
   latent              a generator and latents per batch, without alignment
   latent+alignment    the same, aligned with the class centroids
   real                training images, where the data folder has any
@@ -53,6 +54,7 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
         "prior_weight": 0,
     },
     "clusterq": {},
+    "leaves": {"start": "leaves"},
     "latent": {"synthesizer": "latent", "alignment_weight": 0},
     "latent+alignment": {"synthesizer": "latent"},
     "clusterq-generator": {"start": "generator", "iterations": 0},
@@ -71,7 +73,7 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
 DEFAULT = "noise,statistics,clusterq,latent,latent+alignment,real"
 HOST = "INC W8A8"
 COSTS = ("seconds", "peak_mb", "start_mb")
-MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "diversity")
+MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "variation", "diversity")
 
 
 @dataclass(frozen=True)
