@@ -27,7 +27,8 @@ from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 
 NEAREST: dict[str, Any] = {"iterations": 0, "start": "nearest", "correct_bias": False, "views": 1}
 NOISE, OURS = "INC noise", "ours, no data"
-COLUMNS = (NOISE, "INC real", "nearest, real", "ours, real", OURS)
+REAL = ("INC real", "nearest, real", "ours, real")
+COLUMNS = (NOISE, *REAL, OURS)
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def _measured(
     yield figures
 
     def lacks(width: str, column: str, position: int) -> bool:
-        measurable = column in (OURS, NOISE) or subject.training is not None
+        measurable = column not in REAL or subject.training is not None
         return measurable and (width == "W8A8" or not column.startswith("INC")) and len(top1[width][column]) == position
 
     for position, seed in enumerate(options.seeds):
@@ -81,7 +82,7 @@ def _measured(
         images = {NOISE: torch.randn(common.IMAGES, *subject.model.input.shape, generator=generator)}
         if subject.training is not None:
             real = subject.training[torch.randperm(len(subject.training), generator=generator)[: common.IMAGES]]
-            images |= dict.fromkeys(("INC real", "nearest, real", "ours, real"), real)
+            images |= dict.fromkeys(REAL, real)
         if any(column == OURS for _, column in lacking):
             began = time.perf_counter()
             images[OURS] = common.synthetic(subject, options, seed)
