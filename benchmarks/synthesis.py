@@ -12,7 +12,8 @@ Sources:
 Every source gives the same number of images, and everything downstream is equal: Neural Compressor's own static quantization
 (INC W8A8) and ours at each width, without views of the images, so that none stands for more than one. Synthesis runs in a
 process of its own, whose wall time and peak memory are recorded, and what of that memory model, torch and host took before it
-began. Test images give the figures and nothing else.
+began. The error of the outputs is that on training images that calibrated nothing, in units of their variance, by which
+sources can be chosen without labels. Test images give the accuracy and nothing else.
 
     python benchmarks/synthesis.py --data DIR --nets resnet20 --widths W4A8,W4A4 --json docs/figures/synthesis-NAME.json
 """
@@ -72,6 +73,7 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
 
 DEFAULT = "noise,statistics,clusterq,latent,latent+alignment,real"
 HOST = "INC W8A8"
+FIGURES = ("top1", "output_error")
 COSTS = ("seconds", "peak_mb", "start_mb")
 MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "variation", "diversity")
 
@@ -128,40 +130,42 @@ def _measured(
         console.print(f"  real is left out: {real} training images for {options.images}", highlight=False)
     columns = (HOST, *(f"W{weight}A{activation}" for weight, activation in options.widths))
     found: dict[str, dict[str, Any]] = {
-        source: {"top1": {column: [] for column in columns}} | {key: [] for key in (*COSTS, "quality")} for source in sources
+        source: {figure: {column: [] for column in columns} for figure in FIGURES} | {key: [] for key in (*COSTS, "quality")}
+        for source in sources
     }
     plain = common.top1(subject.model.module, subject.test_inputs, subject.test_labels)
     figures = {"float": plain, "splits": subject.splits, "sources": found}
     for source, entry in found.items():
         earlier.fill(entry, "synthesis", net, "sources", source)
     for position, seed in enumerate(options.seeds):
+        unseen = common.unseen(subject.training, options, seed)
         for source, entry in found.items():
             top1 = entry["top1"]
             lacking = [column for column in columns if len(top1[column]) == position]
             if lacking:
                 made = _images(source, net, subject, options, seed)
                 for column in lacking:
-                    top1[column].append(_top1(column, subject, exported, made.inputs, seed, options))
+                    model = _quantized(column, exported, made.inputs, seed, options)
+                    top1[column].append(common.top1(model, subject.test_inputs, subject.test_labels))
+                    if unseen is not None:
+                        entry["output_error"][column].append(common.output_error(model, subject.model.module, unseen))
                 if len(entry["quality"]) == position:
                     entry["quality"].append(_quality(subject, made))
                     for cost in COSTS if made.seconds is not None else ():
                         entry[cost].append(getattr(made, cost))
                 last = {column: round(values[position], 2) for column, values in top1.items()}
+                errors = {column: round(values[position], 3) for column, values in entry["output_error"].items() if values}
                 spent = f"{made.seconds:.0f} s, {made.peak_mb:.0f} MB" if made.seconds is not None else "-"
-                console.print(f"  seed {seed} {source}: {last}; synthesis {spent}", highlight=False)
+                console.print(f"  seed {seed} {source}: {last}; output error {errors}; synthesis {spent}", highlight=False)
             yield figures
 
 
-def _top1(
-    column: str, subject: common.Subject, exported: torch.nn.Module, images: Tensor, seed: int, options: common.Options
-) -> float:
+def _quantized(column: str, exported: torch.nn.Module, images: Tensor, seed: int, options: common.Options) -> torch.nn.Module:
     """What calibration with these images leads to: in the host's own W8A8, or in ours at a width."""
     if column == HOST:
-        model = NeuralCompressorAdaptor().quantize_static(exported, images.split(common.BATCH))
-    else:
-        weight, activation = int(column[1]), int(column[3])
-        model = common.reconstructed(exported, images, weight, activation, seed, options, views=1)
-    return common.top1(model, subject.test_inputs, subject.test_labels)
+        return NeuralCompressorAdaptor().quantize_static(exported, images.split(common.BATCH))
+    weight, activation = int(column[1]), int(column[3])
+    return common.reconstructed(exported, images, weight, activation, seed, options, views=1)
 
 
 def _images(source: str, net: str, subject: common.Subject, options: common.Options, seed: int) -> Made:

@@ -9,6 +9,7 @@ from page import cell, conditions, made_by, table
 
 IMAGES = 256  # of the tables that compare sources; records of other numbers show what more or fewer images are worth
 MEASURES = ("statistics_distance", "diversity")  # of the set, beside what it led to
+SET = ("distance", "diversity")  # their headings
 NOTHING = "No figures have been recorded yet."
 
 
@@ -46,18 +47,27 @@ def _compared(records: list[dict[str, Any]]) -> list[str]:
     for record in records:
         for net, found in record["synthesis"].items():
             columns = list(next(iter(found["sources"].values()))["top1"])
-            headings = ["source", *columns, "seconds", "peak MB", "distance", "diversity"]
-            rows = [[source, *_cells(entry, columns)] for source, entry in found["sources"].items()]
+            errors = _columns_of_errors(found)
+            headings = ["source", *columns, *[f"{column} error" for column in errors], "seconds", "peak MB", *SET]
+            rows = [[source, *_cells(entry, columns, errors)] for source, entry in found["sources"].items()]
             lines += [f"#### {net}, float {found['float']:.2f}", "", *table(headings, rows)]
             lines += ["", f"{found['splits'].capitalize()}."]
         lines += conditions(record)
     return lines
 
 
-def _cells(entry: dict[str, Any], columns: list[str]) -> list[str]:
+def _columns_of_errors(found: dict[str, Any]) -> list[str]:
+    """Of which errors of the outputs are recorded: none in older records, or where there are no images for it."""
+    errors = next(iter(found["sources"].values())).get("output_error", {})
+    return [column for column, values in errors.items() if values]
+
+
+def _cells(entry: dict[str, Any], columns: list[str], errors: list[str]) -> list[str]:
     measured = [[quality[measure] for quality in entry["quality"]] for measure in MEASURES]
     costs = [cell(entry["seconds"], 0), cell(entry["peak_mb"], 0)]
-    return [*[cell(entry["top1"][column]) for column in columns], *costs, cell(measured[0], 3), cell(measured[1], 1)]
+    accuracies = [cell(entry["top1"][column]) for column in columns]
+    distances = [cell(entry["output_error"][column], 3) for column in errors]
+    return [*accuracies, *distances, *costs, cell(measured[0], 3), cell(measured[1], 1)]
 
 
 def _numbers(records: list[dict[str, Any]]) -> list[str]:

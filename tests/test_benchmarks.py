@@ -187,7 +187,9 @@ def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, t
     assert f"--sources {sources} --images 20" in record["command"]
     found = record["synthesis"]["mine"]["sources"]
     assert list(found) == sources.split(",")
-    assert all(len(entry["top1"][width]) == 1 for entry in found.values() for width in ("INC W8A8", "W4A4"))
+    figures_of = [entry[figure] for entry in found.values() for figure in ("top1", "output_error")]
+    assert all(len(values[width]) == 1 for values in figures_of for width in ("INC W8A8", "W4A4"))
+    assert all(0 < entry["output_error"]["INC W8A8"][0] < entry["output_error"]["W4A4"][0] for entry in found.values())
     assert found["noise"]["seconds"] == []
     assert found["statistics"]["peak_mb"][0] > 100
     assert found["statistics"]["quality"][0]["statistics_distance"] < found["noise"]["quality"][0]["statistics_distance"]
@@ -253,6 +255,12 @@ def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path
     assert [line for line in lines if line.startswith("#")] == ["### Sources", "#### net, float 91.50"]
     assert "| noise | 81.00 ± 1.41 | - | 51 ± 1 | 900 | 0.012 ± 0.000 | 4.0 ± 0.0 |" in lines
     assert "`python benchmarks/synthesis.py --images 256`" in lines
+    assert "| source | INC W8A8 | W4A4 | seconds | peak MB | distance | diversity |" in lines
+    for found in usual["synthesis"]["net"]["sources"].values():
+        found["output_error"] = {"INC W8A8": [0.001, 0.003], "W4A4": []}
+    lines = table.sections([usual], []).splitlines()
+    assert "| source | INC W8A8 | W4A4 | INC W8A8 error | seconds | peak MB | distance | diversity |" in lines
+    assert "| noise | 81.00 ± 1.41 | - | 0.002 ± 0.001 | 51 ± 1 | 900 | 0.012 ± 0.000 | 4.0 ± 0.0 |" in lines
     lines = table.sections([usual, record(256, {"clusterq-prior": [89.0]}), record(64, {"noise": [70.0]})], []).splitlines()
     titles = ["### Sources", "### Without one part", "### Numbers of images"]
     assert [line for line in lines if line.startswith("### ")] == titles
