@@ -4,7 +4,8 @@ Sources:
   noise               Gaussian noise
   statistics          pixels optimised on the BatchNorm statistics alone: no generator, no class, no alignment
   clusterq            the default synthesis
-  leaves              the same from dead leaves, as large images are made by default
+  generator           the same from what the generator paints, as is the default of what is no picture
+  leaves              the same from dead leaves, as is the default of pictures and large images
   latent              a generator and latents per batch, without alignment
   latent+alignment    the same, aligned with the class centroids
   real                training images, where the data folder has any
@@ -55,11 +56,11 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
         "prior_weight": 0,
     },
     "clusterq": {},
+    "generator": {"start": "generator"},
     "leaves": {"start": "leaves"},
     "latent": {"synthesizer": "latent", "alignment_weight": 0},
     "latent+alignment": {"synthesizer": "latent"},
     "clusterq-generator": {"start": "generator", "iterations": 0},
-    "clusterq-leaves": {"start": "generator"},  # of large images; small ones have neither leaves nor waves
     "clusterq-waves": {"refine_smoothness": 0},
     "clusterq-refinement": {"refine_iterations": 0},
     "clusterq-classification": {"classification_weight": 0},

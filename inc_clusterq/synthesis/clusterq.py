@@ -4,8 +4,8 @@
    those of the training data; after a warm-up their class features are drawn to per-class centroids (`centroids`).
 2. It paints the set, every class equally often, and the samples themselves are optimised further (`refine`).
 
-Large images begin at dead leaves (`leaves`) in place of what a generator paints, and 1. is left out: docs/synthesis.md tells
-why, and `benchmarks/synthesis.py` compares (sources `clusterq-leaves`, `clusterq-waves`).
+Pictures and large images begin at dead leaves (`leaves`) in place of what a generator paints, and 1. is left out:
+docs/synthesis.md tells why, and `benchmarks/synthesis.py` compares (sources `generator`, `leaves`, `clusterq-waves`).
 
 With `synthesizer: latent` each batch is made by a generator of its own instead (`latent`).
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from inc_clusterq.allocation import freed_memory_kept
 from inc_clusterq.errors import ConfigError
-from inc_clusterq.inputs import InputSpec, is_large
+from inc_clusterq.inputs import InputSpec, is_large, is_picture
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.acceleration import compiled, is_compiled, is_in_bfloat16
 from inc_clusterq.synthesis.augmentation import augment
@@ -133,7 +133,7 @@ def begins_with_leaves(settings: ClusterQSettings, spec: InputSpec) -> bool:
         raise ConfigError(f"start is leaves, images (C, H, W), and the inputs have shape {list(spec.shape)}; use generator")
     if not settings.refine_iterations:
         return False
-    return settings.start == "leaves" or (settings.start is None and is_large(spec.shape))
+    return settings.start == "leaves" or (settings.start is None and (is_picture(spec.shape) or is_large(spec.shape)))
 
 
 def leaf_samples(spec: InputSpec, rng: torch.Generator) -> Callable[[slice], Tensor]:

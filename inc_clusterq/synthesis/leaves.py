@@ -16,8 +16,7 @@ here has leaves down to a size of its own, and a light of its own: contrast, bri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -31,60 +30,75 @@ GROUND, GROUND_SMALLEST = 8, 0.3  # the first leaves are large, so that they cov
 COLOUR = 0.12  # deviation of a channel from the leaf's grey
 SHADE = 0.15  # deviation of the change of brightness from the middle of a leaf to its end
 TEXTURE, TEXTURE_SLOPE = 0.06, 0.8
-ELLIPSE, RECTANGLE = 2.0, 8.0  # exponents p of |a|^p + |b|^p < 1
 CORNER = math.sqrt(2)  # no point of a leaf is further from its middle, in radii
 CONTRAST, CONTRASTS = 0.75, 0.4  # of an image, as a factor: its median, and the deviation of its logarithm
 LEAST_CONTRAST, MOST_CONTRAST = 0.15, 1.2
 BRIGHTNESS, CAST = 0.12, 0.08  # deviations of what is added to all of an image, and to each of its channels
+PAINTED_WHOLE = 64 * 64  # pixels up to which all images are painted at once; in larger ones, each where its leaf lies
 EPSILON = 1e-6  # deviation of what has none, an image of one pixel
 
 
 def dead_leaves(shape: tuple[int, ...], samples: int, rng: torch.Generator) -> Tensor:
     """Images (samples, C, H, W) of shares of the value range, 0 to 1."""
     channels, height, width = shape
-    images, rough = torch.zeros(samples, *shape), torch.zeros(samples, 1, height, width)
+    images, rough = torch.zeros(samples, *shape), torch.zeros(samples, height, width)
     smallest = SMALLEST * (LARGEST / SMALLEST) ** torch.rand(samples, 1, 1, generator=rng)
     for number in range(LEAVES):
-        for leaf, image, roughness in zip(_leaves(number < GROUND, channels, smallest, rng), images, rough, strict=True):
-            leaf.paint(image, roughness)
-    return _lit(images + TEXTURE * rough * _texture((samples, 1, height, width), rng), rng).clamp(0, 1)
+        leaves = _next(number < GROUND, channels, smallest, rng)
+        if height * width <= PAINTED_WHOLE:
+            leaves.paint(images, rough)
+            continue
+        for image in range(samples):
+            leaves.of(image).paint(images[image : image + 1], rough[image : image + 1])
+    return _lit(images + TEXTURE * rough[:, None] * _texture((samples, 1, height, width), rng), rng).clamp(0, 1)
 
 
 @dataclass(frozen=True)
-class _Leaf:
-    """One leaf in one image: each a number, of shape (1, 1) or with channels (C, 1, 1)."""
+class _Leaves:
+    """One leaf in each of some images: numbers of shape (N, 1, 1)."""
 
     down: Tensor  # of its middle, a share of the image, as are all lengths
     right: Tensor
     angle: Tensor
     radius: Tensor
     narrow: Tensor  # the other radius as a share of the radius
-    power: Tensor
-    colour: Tensor  # (C, 1, 1)
+    round: Tensor  # whether it is an ellipse, |a|^2 + |b|^2 < 1, and not a rounded rectangle, |a|^8 + |b|^8 < 1
+    colour: Tensor  # (N, C, 1, 1)
     shade: Tensor
     rough: Tensor
 
-    def paint(self, image: Tensor, rough: Tensor) -> None:
-        """Cover a part of an image (C, H, W), and of the amplitudes of its texture (1, H, W), in place."""
-        height, width = image.shape[1:]
-        top, bottom = self._reached(self.down, height)
-        left, end = self._reached(self.right, width)
+    def of(self, image: int) -> _Leaves:
+        """The leaf of one image alone."""
+        return _Leaves(*[getattr(self, field.name)[image : image + 1] for field in fields(self)])
+
+    def paint(self, images: Tensor, rough: Tensor) -> None:
+        """Cover a part of each image (N, C, H, W), and of the amplitudes of its texture (N, H, W), in place."""
+        height, width = rough.shape[1:]
+        (top, bottom), (left, end) = (0, height), (0, width)
+        if len(images) == 1:
+            top, bottom = self._reached(self.down, height)
+            left, end = self._reached(self.right, width)
         down = (torch.arange(top, bottom)[:, None] + 0.5) / height - self.down
         right = (torch.arange(left, end)[None] + 0.5) / width - self.right
         along = (right * self.angle.cos() + down * self.angle.sin()) / self.radius
         across = (down * self.angle.cos() - right * self.angle.sin()) / (self.radius * self.narrow)
-        covered = (along.abs() ** self.power + across.abs() ** self.power) < 1
-        image, rough = image[:, top:bottom, left:end], rough[:, top:bottom, left:end]
-        image.copy_(torch.where(covered, self.colour + self.shade * along.clamp(-1, 1), image))
+        covered = self._powers(along) + self._powers(across) < 1
+        images, rough = images[:, :, top:bottom, left:end], rough[:, top:bottom, left:end]
+        shaded = self.colour + (self.shade * along.clamp(-1, 1))[:, None]
+        images.copy_(torch.where(covered[:, None], shaded, images))
         rough.copy_(torch.where(covered, self.rough, rough))
 
+    def _powers(self, lengths: Tensor) -> Tensor:
+        squares = lengths.square()
+        return torch.where(self.round, squares, squares.square().square())
+
     def _reached(self, middle: Tensor, size: int) -> tuple[int, int]:
-        """The pixels of an axis that it may cover, whichever way it lies: the first, and the one behind the last."""
+        """The pixels of an axis that the leaf of one image may cover, whichever way it lies: first, and one behind the last."""
         centre, reach = float(middle) * size - 0.5, CORNER * float(self.radius) * size
         return max(math.floor(centre - reach), 0), min(math.ceil(centre + reach) + 1, size)
 
 
-def _leaves(ground: bool, channels: int, smallest: Tensor, rng: torch.Generator) -> Iterator[_Leaf]:
+def _next(ground: bool, channels: int, smallest: Tensor, rng: torch.Generator) -> _Leaves:
     """The next leaf of every image, whose `smallest` radii have the shape (samples, 1, 1)."""
     samples = len(smallest)
 
@@ -95,10 +109,10 @@ def _leaves(ground: bool, channels: int, smallest: Tensor, rng: torch.Generator)
     if ground:
         radius = radius.clamp_min(GROUND_SMALLEST)
     down, right, angle, narrow = draw(), draw(), draw() * math.pi, 0.4 + 0.6 * draw()
-    power = torch.where(draw() < 0.5, ELLIPSE, RECTANGLE)
+    is_round = draw() < 0.5
     colour = draw(1) + COLOUR * torch.randn(samples, channels, 1, 1, generator=rng)
     shade = SHADE * torch.randn(samples, 1, 1, generator=rng)
-    return map(_Leaf, down, right, angle, radius, narrow, power, colour, shade, 2 * draw().square())
+    return _Leaves(down, right, angle, radius, narrow, is_round, colour, shade, 2 * draw().square())
 
 
 def _lit(images: Tensor, rng: torch.Generator) -> Tensor:

@@ -102,12 +102,13 @@ def test_the_set_comes_far_closer_to_the_statistics_than_noise(kind: str, shape:
     assert y.bincount(minlength=classes).max() - y.bincount(minlength=classes).min() <= 1
 
 
-def test_a_thousand_classes_with_a_few_samples_each_or_none_work() -> None:
+@pytest.mark.parametrize("start", ["generator", "leaves"])
+def test_a_thousand_classes_with_a_few_samples_each_or_none_work(start: str) -> None:
     spec = InputSpec((3, 8, 8))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = settled(Pooled(body("conv, BN, ReLU", 2, 3), 8, 1000), spec)
-    few = QUICK.model_copy(update={"refine_iterations": 2, "refine_batch": 64, "centroid_samples": 1, "batch_size": 64})
+    few = QUICK.model_copy(update={"start": start, "refine_iterations": 2, "refine_batch": 64, "centroid_samples": 1, "batch_size": 64})
     for samples in (70, 2000):
         x, y = synthesise(net, spec, few, num_classes=1000, samples=samples, seed=0)
         assert (len(x), len(y.unique())) == (samples, min(samples, 1000))

@@ -14,7 +14,8 @@ from inc_clusterq.synthesis.leaves import dead_leaves
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.spectrum import Waves, wave_weights
 
-LARGE, SMALL, SIGNAL = InputSpec((3, 96, 96)), InputSpec((3, 32, 32)), InputSpec((1, 200))
+LARGE, LARGE_GREY, SMALL = InputSpec((3, 96, 96)), InputSpec((1, 96, 96)), InputSpec((3, 32, 32))
+SPECTROGRAM, SIGNAL = InputSpec((1, 49, 10)), InputSpec((1, 200))
 
 
 def slope(images: Tensor) -> float:
@@ -63,14 +64,16 @@ def test_images_differ_in_brightness_cast_contrast_and_busyness() -> None:
     assert grey.mean((1, 2)).std() > 1.4 * one_kind.mean((1, 2)).std()
 
 
-def test_a_leaf_covers_no_pixel_that_is_left_out() -> None:
-    """Against every leaf painted over the whole of every image."""
+def test_images_are_the_same_painted_one_by_one_where_leaves_lie_and_all_at_once() -> None:
     shape, samples = (2, 23, 40), 5
-    found = dead_leaves(shape, samples, torch.Generator().manual_seed(2))
+    at_once = dead_leaves(shape, samples, torch.Generator().manual_seed(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("inc_clusterq.synthesis.leaves.CORNER", 1e3)
-        everywhere = dead_leaves(shape, samples, torch.Generator().manual_seed(2))
-    assert torch.equal(found, everywhere)
+        patch.setattr("inc_clusterq.synthesis.leaves.PAINTED_WHOLE", 0)
+        one_by_one = dead_leaves(shape, samples, torch.Generator().manual_seed(2))
+        patch.setattr("inc_clusterq.synthesis.leaves.CORNER", 0.5)
+        cut = dead_leaves(shape, samples, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-5)
+    assert (at_once - cut).abs().max() > 0.1
 
 
 def test_one_seed_names_the_same_leaves() -> None:
@@ -111,14 +114,19 @@ def test_a_step_of_every_wave_adds_what_falls_with_frequency() -> None:
     ("keys", "spec", "wanted"),
     [
         ({}, LARGE, True),
-        ({}, SMALL, False),
+        ({}, SMALL, True),
+        ({}, LARGE_GREY, True),
+        ({}, SPECTROGRAM, False),
         ({}, SIGNAL, False),
-        ({"start": "leaves"}, SMALL, True),
+        ({"start": "leaves"}, SPECTROGRAM, True),
         ({"start": "generator"}, LARGE, False),
+        ({"start": "generator"}, SMALL, False),
         ({"refine_iterations": 0}, LARGE, False),
     ],
 )
-def test_large_images_begin_with_leaves_unless_told_otherwise(keys: dict[str, object], spec: InputSpec, wanted: bool) -> None:
+def test_pictures_and_large_images_begin_with_leaves_unless_told_otherwise(
+    keys: dict[str, object], spec: InputSpec, wanted: bool
+) -> None:
     assert begins_with_leaves(ClusterQSettings.model_validate(keys), spec) is wanted
 
 
