@@ -108,9 +108,10 @@ def test_a_thousand_classes_with_a_few_samples_each_or_none_work(start: str) -> 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = settled(Pooled(body("conv, BN, ReLU", 2, 3), 8, 1000), spec)
-    few = QUICK.model_copy(update={"start": start, "refine_iterations": 2, "refine_batch": 64, "centroid_samples": 1, "batch_size": 64})
+    few = {"start": start, "refine_iterations": 2, "refine_batch": 64, "centroid_samples": 1, "batch_size": 64}
+    settings = QUICK.model_copy(update=few)
     for samples in (70, 2000):
-        x, y = synthesise(net, spec, few, num_classes=1000, samples=samples, seed=0)
+        x, y = synthesise(net, spec, settings, num_classes=1000, samples=samples, seed=0)
         assert (len(x), len(y.unique())) == (samples, min(samples, 1000))
         assert int(y.bincount().max()) == max(1, samples // 1000)
         assert bool(x.isfinite().all())
