@@ -85,6 +85,7 @@ def synthesise_into(
         raise ValueError(f"samples is {samples}; it must be at least 1")
     if num_classes == 1 or num_classes < 0:
         raise ValueError(f"num_classes is {num_classes}; a classifier has at least 2, and 0 means no classes")
+    settings = settings.of_inputs(spec.shape)
     rng = torch.Generator().manual_seed(seed)
     labels = balanced_labels(torch.arange(max(num_classes, 1)), samples, rng)
     deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)

@@ -109,7 +109,8 @@ class Losses:
     prior: Tensor
 
     def total(self, settings: ClusterQSettings) -> Tensor:
-        """L, their weighted sum."""
+        """L, their weighted sum; the settings are those `of_inputs`, which have every weight."""
+        assert settings.classification_weight is not None
         return (
             settings.classification_weight * self.classification
             + settings.statistics_weight * self.statistics

@@ -75,7 +75,7 @@ def test_alignment_moves_the_classes_towards_their_own_centroids(
         still = tuple(type(layer)(layer.mean * 0, layer.variance * 0) for layer in centroids.layers)
         apart = []
         for weight in (0.0, 1.0):
-            settings = LATENT.model_copy(update={"alignment_weight": weight, "first_aligned_layer": 0})
+            settings = LATENT.model_copy(update={"alignment_weight": weight, "first_aligned_layer": 0}).of_inputs(spec.shape)
             batch = Batch(slice(0, 32), labels, centroids, still)
             x = solve(batch, teacher, spec, settings, torch.Generator().manual_seed(0), NO_STAGE)
             with torch.no_grad():

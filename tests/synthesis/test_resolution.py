@@ -137,3 +137,12 @@ def test_the_statistics_come_as_close_as_at_the_full_size_alone() -> None:
     with teach(net, SPEC, num_classes=4, first_aligned_layer=None) as teacher, torch.no_grad():
         full, coarse, noise = (statistics(teacher.observe(x).samples, teacher.references, "relative").item() for x in found)
     assert coarse < max(2 * full, 0.05 * noise)
+
+
+def test_large_images_are_made_with_their_own_weight_of_the_class() -> None:
+    sets = [
+        synthesise(Sizes(), SPEC, settings(start="leaves", **keys), num_classes=4, samples=4, seed=0)[0]
+        for keys in ({}, {"classification_weight": 0.001}, {"classification_weight": 0.01})
+    ]
+    assert torch.equal(sets[0], sets[1])
+    assert not torch.equal(sets[0], sets[2])

@@ -25,6 +25,12 @@ def test_presets_rise_in_effort() -> None:
     assert steps[0].refine_iterations < steps[1].refine_iterations < steps[2].refine_iterations
 
 
+def test_large_images_are_pressed_less_into_their_class_unless_told_otherwise() -> None:
+    weights = [ClusterQSettings().of_inputs(shape).classification_weight for shape in ((3, 96, 96), (3, 95, 200), (40,))]
+    assert weights == [0.001, 0.01, 0.01]
+    assert ClusterQSettings(classification_weight=0).of_inputs((3, 96, 96)).classification_weight == 0
+
+
 def test_every_key_says_what_it_is_and_where_its_default_comes_from() -> None:
     sources = ("Paper", "Released code", "By trial", "by trial", "Our choice", "paper", "See classification_weight")
     for name, field in ClusterQSettings.model_fields.items():
