@@ -29,10 +29,10 @@ class ClusterQSettings(BaseModel):
 
     synthesizer: Synthesizer = Field(
         default="clusterq",
-        description="`clusterq`: one generator paints the whole set, then the images themselves are optimised. `latent`: each "
-        "batch has a small generator of its own, optimised together with the batch's latents (after Genie-D, CVPR 2023); "
-        "`iterations`, the warm-up, `batch_size`, `refine_learning_rate` and `coarse_share` then play no part. Our choice; "
-        "docs/synthesis.md compares both.",
+        description="`clusterq`: what `start` names is optimised itself, as what one generator painted for the whole set. "
+        "`latent`: each batch has a small generator of its own, optimised together with the batch's latents (after Genie-D, "
+        "CVPR 2023); `iterations`, the warm-up, `batch_size`, `refine_learning_rate` and `coarse_share` then play no part. Our "
+        "choice; docs/synthesis.md compares both.",
     )
 
     start: Start | None = Field(
