@@ -4,8 +4,8 @@ Sources:
   noise               Gaussian noise
   statistics          pixels optimised on the BatchNorm statistics alone: no generator, no class, no alignment
   clusterq            the default synthesis
-  generator           the same from what the generator paints, as is the default of what is no picture
-  leaves              the same from dead leaves, as is the default of pictures and large images
+  generator           the same from what the generator paints
+  leaves              the same from dead leaves, as is the default where the network knows photographs
   latent              a generator and latents per batch, without alignment
   latent+alignment    the same, aligned with the class centroids
   real                training images, where the data folder has any

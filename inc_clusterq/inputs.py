@@ -20,11 +20,6 @@ def is_large(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and min(shape[1:]) >= LARGE
 
 
-def is_picture(shape: Sequence[int]) -> bool:
-    """Whether a sample of this shape is taken for a colour photograph, (3, H, W)."""
-    return len(shape) == 3 and shape[0] == 3
-
-
 @dataclass(frozen=True)
 class InputSpec:
     """Shape, range and normalisation of a model's input.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inc_clusterq.inputs import is_large, is_picture
+from inc_clusterq.inputs import is_large
 from inc_clusterq.reconstruction.settings import ENOUGH_IMAGES, MOST_VIEWS, SMALLEST_VIEWED, ReconstructionSettings
 
 REACH = 10  # a shift is at most a side divided by this
+PICTURE_CHANNELS = 3  # what has as many is a picture, which may be mirrored
 
 
 def count_views(images: Tensor, settings: ReconstructionSettings) -> int:
@@ -40,7 +41,7 @@ def with_views(images: Tensor, count: int, generator: torch.Generator, *, mirror
         return images
     views = [images]
     for number in range(1, count):
-        mirrored = mirror and number % 2 == 1 and is_picture(images.shape[1:])
+        mirrored = mirror and number % 2 == 1 and images.shape[1] == PICTURE_CHANNELS
         views.append(_shifted(images.flip(3) if mirrored else images, generator))
     return torch.cat(views)
 

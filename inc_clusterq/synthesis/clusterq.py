@@ -4,8 +4,9 @@
    those of the training data; after a warm-up their class features are drawn to per-class centroids (`centroids`).
 2. It paints the set, every class equally often, and the samples themselves are optimised further (`refine`).
 
-Pictures and large images begin at dead leaves (`leaves`) in place of what a generator paints, and 1. is left out:
-docs/synthesis.md tells why, and `benchmarks/synthesis.py` compares (sources `generator`, `leaves`, `clusterq-waves`).
+Images for a network that was trained on photographs, as far as it can tell (`start`), begin at dead leaves (`leaves`) in place
+of what a generator paints, and 1. is left out: docs/synthesis.md tells why, and `benchmarks/synthesis.py` compares (sources
+`generator`, `leaves`, `clusterq-waves`).
 
 With `synthesizer: latent` each batch is made by a generator of its own instead (`latent`).
 
@@ -25,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.allocation import freed_memory_kept
-from inc_clusterq.errors import ConfigError
-from inc_clusterq.inputs import InputSpec, is_large, is_picture
+from inc_clusterq.inputs import InputSpec
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.acceleration import compiled, is_compiled, is_in_bfloat16
 from inc_clusterq.synthesis.augmentation import augment
@@ -35,11 +35,11 @@ from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
 from inc_clusterq.synthesis.draft import Draft
 from inc_clusterq.synthesis.generator import Generator, build_generator
 from inc_clusterq.synthesis.latent import solve
-from inc_clusterq.synthesis.leaves import dead_leaves
 from inc_clusterq.synthesis.objective import draw_diversity, evaluate
-from inc_clusterq.synthesis.refine import from_unit, random_samples, refine
+from inc_clusterq.synthesis.refine import random_samples, refine
 from inc_clusterq.synthesis.resolution import half_size
 from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.start import begins_with_leaves, leaf_samples
 from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher, teach
 from inc_clusterq.synthesis.training_state import restore_training, training_state
@@ -105,7 +105,7 @@ def synthesise_into(
         else:
             title = "Refining synthetic inputs"
             coarse = half_size(teacher, spec) if settings.coarse_iterations else None
-            if begins_with_leaves(settings, spec):
+            if begins_with_leaves(settings, spec, teacher):
                 start = leaf_samples(coarse or spec, rng)
             else:
                 start = start_samples(labels, teacher, coarse or spec, settings, rng, draft, progress)
@@ -122,24 +122,6 @@ def synthesise_into(
                     stage.advance(1)
             with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
                 make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)
-
-
-def begins_with_leaves(settings: ClusterQSettings, spec: InputSpec) -> bool:
-    """Whether dead leaves are refined, and no generator is needed.
-
-    Raises:
-        ConfigError: they were asked for, and the inputs are no images or are not refined.
-    """
-    if settings.start == "leaves" and len(spec.shape) != 3:
-        raise ConfigError(f"start is leaves, images (C, H, W), and the inputs have shape {list(spec.shape)}; use generator")
-    if not settings.refine_iterations:
-        return False
-    return settings.start == "leaves" or (settings.start is None and (is_picture(spec.shape) or is_large(spec.shape)))
-
-
-def leaf_samples(spec: InputSpec, rng: torch.Generator) -> Callable[[slice], Tensor]:
-    """Dead leaves, some rows at a time."""
-    return lambda rows: from_unit(dead_leaves(spec.shape, rows.stop - rows.start, rng), spec)
 
 
 def start_samples(

@@ -62,7 +62,7 @@ class _Leaves:
     angle: Tensor
     radius: Tensor
     narrow: Tensor  # the other radius as a share of the radius
-    round: Tensor  # whether it is an ellipse, |a|^2 + |b|^2 < 1, and not a rounded rectangle, |a|^8 + |b|^8 < 1
+    is_round: Tensor  # whether it is an ellipse, |a|^2 + |b|^2 < 1, and not a rounded rectangle, |a|^8 + |b|^8 < 1
     colour: Tensor  # (N, C, 1, 1)
     shade: Tensor
     rough: Tensor
@@ -90,7 +90,7 @@ class _Leaves:
 
     def _powers(self, lengths: Tensor) -> Tensor:
         squares = lengths.square()
-        return torch.where(self.round, squares, squares.square().square())
+        return torch.where(self.is_round, squares, squares.square().square())
 
     def _reached(self, middle: Tensor, size: int) -> tuple[int, int]:
         """The pixels of an axis that the leaf of one image may cover, whichever way it lies: first, and one behind the last."""

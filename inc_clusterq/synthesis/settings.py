@@ -39,8 +39,9 @@ class ClusterQSettings(BaseModel):
         default=None,
         description="Where the refinement begins (`clusterq` only): `generator`, at what the generator paints; `leaves`, at "
         "random shapes that cover each other (dead leaves), which have the edges and the spectrum of photographs, and no "
-        "generator is trained. Null: `leaves` for images of three channels, or of 96 pixels or more, else `generator`. By "
-        "trial; docs/synthesis.md compares both.",
+        "generator is trained. Null: `leaves` for images (C, H, W) where the network finds unrefined leaves at most half as "
+        "far from its BatchNorm statistics as noise, as do networks trained on photographs; else `generator`. By trial; "
+        "docs/synthesis.md compares both.",
     )
     iterations: int = Field(
         default=150,

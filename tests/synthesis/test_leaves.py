@@ -7,15 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_clusterq.errors import ConfigError
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.synthesis.clusterq import begins_with_leaves, synthesise
+from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.leaves import dead_leaves
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.spectrum import Waves, wave_weights
-
-LARGE, LARGE_GREY, SMALL = InputSpec((3, 96, 96)), InputSpec((1, 96, 96)), InputSpec((3, 32, 32))
-SPECTROGRAM, SIGNAL = InputSpec((1, 49, 10)), InputSpec((1, 200))
 
 
 def slope(images: Tensor) -> float:
@@ -108,31 +104,6 @@ def test_a_step_of_every_wave_adds_what_falls_with_frequency() -> None:
     with torch.no_grad():
         waves.parameter += 0.01 * torch.randn(waves.parameter.shape, generator=torch.Generator().manual_seed(0)).sign()
     assert slope(waves.unit().detach()) == pytest.approx(-1, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("keys", "spec", "wanted"),
-    [
-        ({}, LARGE, True),
-        ({}, SMALL, True),
-        ({}, LARGE_GREY, True),
-        ({}, SPECTROGRAM, False),
-        ({}, SIGNAL, False),
-        ({"start": "leaves"}, SPECTROGRAM, True),
-        ({"start": "generator"}, LARGE, False),
-        ({"start": "generator"}, SMALL, False),
-        ({"refine_iterations": 0}, LARGE, False),
-    ],
-)
-def test_pictures_and_large_images_begin_with_leaves_unless_told_otherwise(
-    keys: dict[str, object], spec: InputSpec, wanted: bool
-) -> None:
-    assert begins_with_leaves(ClusterQSettings.model_validate(keys), spec) is wanted
-
-
-def test_leaves_for_what_is_no_image_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"shape \[1, 200\]; use generator"):
-        begins_with_leaves(ClusterQSettings(start="leaves"), SIGNAL)
 
 
 def test_leaves_moved_by_waves_take_the_classes_and_statistics_of_the_model(trained: nn.Module, spec: InputSpec) -> None:
