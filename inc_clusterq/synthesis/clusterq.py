@@ -209,10 +209,7 @@ def start_centroids(
     for part in labels.split(settings.batch_size):
         z = _latents(len(part), settings, rng, teacher.device)
         seen.append(teacher.observe(paint(generator, z, part, settings.batch_size)))
-    samples = [
-        Moments(torch.cat([m.mean for m in layer]), torch.cat([m.variance for m in layer]))
-        for layer in zip(*(s.samples[teacher.first_aligned :] for s in seen), strict=True)
-    ]
+    samples = [Moments.joined(layer) for layer in zip(*(s.samples[teacher.first_aligned :] for s in seen), strict=True)]
     predicted = torch.cat([s.predicted for s in seen])
     return moved(centroids, samples, labels, predicted, settings.centroid_momentum)
 

@@ -250,9 +250,7 @@ def _merged(calls: Sequence[Seen]) -> Seen:
 
 def _joined(batches: Sequence[Seen]) -> Seen:
     """The samples of all batches."""
-    mean = torch.cat([batch.samples.mean for batch in batches])
-    variance = torch.cat([batch.samples.variance for batch in batches])
-    return Seen(Moments(mean, variance), _widest(batches))
+    return Seen(Moments.joined(batch.samples for batch in batches), _widest(batches))
 
 
 def _widest(parts: Sequence[Seen]) -> Range:

@@ -18,6 +18,7 @@ from inc_clusterq.synthesis.leaves import dead_leaves
 from inc_clusterq.synthesis.objective import statistics
 from inc_clusterq.synthesis.refine import from_unit, random_samples
 from inc_clusterq.synthesis.settings import ClusterQSettings
+from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher
 
 PROBES = 32  # images of each kind
@@ -38,14 +39,17 @@ def begins_with_leaves(settings: ClusterQSettings, spec: InputSpec, teacher: Tea
         return False
     if settings.start is not None:
         return settings.start == "leaves"
-    return len(spec.shape) == 3 and knows_leaves(teacher, spec)
+    return len(spec.shape) == 3 and knows_leaves(teacher, spec, settings.refine_batch)
 
 
-def knows_leaves(teacher: Teacher, spec: InputSpec) -> bool:
-    """Whether dead leaves are much nearer to the BatchNorm statistics than noise around the middle of the value range is."""
+def knows_leaves(teacher: Teacher, spec: InputSpec, most: int) -> bool:
+    """Whether dead leaves are much nearer to the BatchNorm statistics than noise around the middle of the value range is.
+
+    The network sees at most `most` images at once.
+    """
     rng = torch.Generator().manual_seed(0)
-    leaves = _distance(leaf_samples(spec, rng)(slice(0, PROBES)), teacher)
-    return leaves <= NEARER * _distance(random_samples(spec, PROBES, rng), teacher)
+    leaves = _distance(leaf_samples(spec, rng)(slice(0, PROBES)), teacher, most)
+    return leaves <= NEARER * _distance(random_samples(spec, PROBES, rng), teacher, most)
 
 
 def leaf_samples(spec: InputSpec, rng: torch.Generator) -> Callable[[slice], Tensor]:
@@ -54,5 +58,7 @@ def leaf_samples(spec: InputSpec, rng: torch.Generator) -> Callable[[slice], Ten
 
 
 @torch.no_grad()
-def _distance(x: Tensor, teacher: Teacher) -> float:
-    return statistics(teacher.observe(x.to(teacher.device)).samples, teacher.references, "relative").item()
+def _distance(x: Tensor, teacher: Teacher, most: int) -> float:
+    seen = [teacher.observe(part.to(teacher.device)).samples for part in x.split(most)]
+    samples = [Moments.joined(layer) for layer in zip(*seen, strict=True)]
+    return statistics(samples, teacher.references, "relative").item()

@@ -12,7 +12,7 @@ The last two lines are the law of total variance; so one pass over the large ten
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,6 +38,12 @@ class Moments:
     def detach(self) -> Moments:
         """The same values, cut from the graph."""
         return Moments(self.mean.detach(), self.variance.detach())
+
+    @staticmethod
+    def joined(parts: Iterable[Moments]) -> Moments:
+        """Those of the samples of all parts, each (N, C), in one."""
+        means, variances = zip(*((part.mean, part.variance) for part in parts), strict=True)
+        return Moments(torch.cat(means), torch.cat(variances))
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,13 @@ def test_a_start_that_was_asked_for_is_taken_and_leaves_are_never_left_unrefined
     assert decided(remembers(seen(torch.Generator().manual_seed(0))), **keys) is wanted
 
 
+def test_the_network_sees_no_more_images_at_once_than_are_refined_together() -> None:
+    net, sizes = remembers(photographs(torch.Generator().manual_seed(0))), list[int]()
+    net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    assert decided(net, refine_batch=5) is True
+    assert max(sizes) == 5
+
+
 def test_signals_begin_at_the_generator_and_leaves_for_them_are_refused() -> None:
     net = remembers(255 * torch.rand(8, *SIGNAL.shape, generator=torch.Generator().manual_seed(0)), SIGNAL)
     assert decided(net, SIGNAL) is False
