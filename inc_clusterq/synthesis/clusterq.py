@@ -103,11 +103,11 @@ def synthesise_into(
             def optimise(batch: Batch, stage: Stage) -> Tensor:
                 return solve(batch, teacher, spec, settings, rng, stage)
         else:
-            title = "Refining synthetic inputs"
             coarse = half_size(teacher, spec) if settings.coarse_iterations else None
             if begins_with_leaves(settings, spec, teacher):
-                start = leaf_samples(coarse or spec, rng)
+                title, start = "Refining dead leaves", leaf_samples(coarse or spec, rng)
             else:
+                title = "Refining synthetic inputs"
                 start = start_samples(labels, teacher, coarse or spec, settings, rng, draft, progress)
 
             def optimise(batch: Batch, stage: Stage) -> Tensor:

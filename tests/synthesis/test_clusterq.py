@@ -171,6 +171,16 @@ def test_progress_counts_every_step_of_every_batch(trained: nn.Module, spec: Inp
     assert all("statistics" in note for note in watcher.notes)
 
 
+@pytest.mark.parametrize(("start", "title"), [("leaves", "Refining dead leaves"), ("generator", "Refining synthetic inputs")])
+def test_progress_tells_what_is_refined(
+    start: str, title: str, trained: nn.Module, spec: InputSpec, quick: ClusterQSettings
+) -> None:
+    watcher = Recorder()
+    settings = quick.model_copy(update={"start": start})
+    synthesise(trained, spec, settings, num_classes=4, samples=3, seed=0, progress=watcher)
+    assert watcher.stages[-1][0] == title
+
+
 def test_a_model_without_batch_norm_and_impossible_numbers_are_refused(
     trained: nn.Module, spec: InputSpec, quick: ClusterQSettings
 ) -> None:
