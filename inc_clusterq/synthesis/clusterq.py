@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +80,11 @@ def synthesise_into(
     samples: int,
     seed: int,
     progress: Progress = SILENT,
-) -> None:
-    """Fill `draft` with what `synthesise` returns, from wherever it stands; the outcome is the same to the bit."""
+) -> ClusterQSettings:
+    """Fill `draft` with what `synthesise` returns, from wherever it stands; the outcome is the same to the bit.
+
+    Returns the settings with everything that they leave to inputs, network and machine as it was decided.
+    """
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1")
     if num_classes == 1 or num_classes < 0:
@@ -97,6 +101,7 @@ def synthesise_into(
     ):
         teacher = replace(taught, bfloat16=is_in_bfloat16(settings, spec, taught))
         batches, steps = batch_count(samples, settings.refine_batch), settings.refine_iterations
+        decided: dict[str, Any] = {"bfloat16": teacher.bfloat16, "compile_teacher": False}
         if settings.synthesizer == "latent":
             title = "Optimising latents"
 
@@ -104,7 +109,9 @@ def synthesise_into(
                 return solve(batch, teacher, spec, settings, rng, stage)
         else:
             coarse = half_size(teacher, spec) if settings.coarse_iterations else None
-            if begins_with_leaves(settings, spec, teacher):
+            leaves = begins_with_leaves(settings, spec, teacher)
+            decided |= {"start": "leaves" if leaves else "generator", "coarse_share": settings.coarse_share if coarse else 0.0}
+            if leaves:
                 title, start = "Refining dead leaves", leaf_samples(coarse or spec, rng)
             else:
                 title = "Refining synthetic inputs"
@@ -120,8 +127,10 @@ def synthesise_into(
                 with progress.stage("Compiling the model", 1) as stage:
                     fastest = stack.enter_context(compiled(teacher, spec, math.ceil(samples / batches)))
                     stage.advance(1)
+            decided["compile_teacher"] = fastest is not teacher
             with progress.stage(title, batches * steps) if steps else nullcontext(NO_STAGE) as stage:
                 make_batches(labels, batches, steps, teacher, settings, rng, draft, stage, optimise)
+    return settings.model_copy(update=decided)
 
 
 def start_samples(
@@ -164,7 +173,8 @@ def train(
     """Train `generator` in place for `iterations` steps on `classes`; return the class centroids it arrived at."""
     first = teacher.first_aligned
     centroids = unseen(classes, teacher.references[first:])
-    optimiser = torch.optim.Adam(generator.parameters(), settings.generator_rate, betas=settings.betas)
+    assert settings.learning_rate is not None
+    optimiser = torch.optim.Adam(generator.parameters(), settings.learning_rate, betas=settings.betas)
     noise: tuple[Moments, ...] = ()
     done = 0
     if (state := draft.find(TRAINING)) is not None:

@@ -13,6 +13,8 @@ values, in place of a penalty on each image's mean and deviation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,9 @@ def solve(
     labels = batch.labels if samples > 1 else batch.labels.repeat(2)
     generator = build_generator(spec, teacher.embedded, settings.latent_size, rng, teacher.device)
     z = torch.randn(len(labels), settings.latent_size, generator=rng).to(teacher.device).requires_grad_()
-    groups = [
-        {"params": list(generator.parameters()), "lr": settings.generator_rate},
+    assert settings.learning_rate is not None
+    groups: list[dict[str, Any]] = [
+        {"params": list(generator.parameters()), "lr": settings.learning_rate},
         {"params": [z], "lr": settings.latent_learning_rate},
     ]
     optimiser = torch.optim.Adam(groups, betas=settings.betas)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inc_clusterq.inputs import InputSpec, is_large
+from inc_clusterq.inputs import InputSpec
 from inc_clusterq.progress import Stage
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch
@@ -20,9 +20,6 @@ from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.spectrum import Pixels, Waves
 from inc_clusterq.synthesis.teacher import Teacher
 
-# By trial: at 224 pixels a higher rate drives the statistics away before it brings them back.
-SMALL_RATE, LARGE_RATE = 0.03, 0.01
-LARGE_SMOOTHNESS = 1.0
 START_DEVIATION = 0.25  # of the value range, of the noise that is refined where no generator ran
 
 
@@ -60,9 +57,9 @@ def refine(
     x, steps = inputs.to(teacher.device), settings.refine_iterations
     if coarse is not None:
         steps -= settings.coarse_iterations
-        x = _descend(x, settings.coarse_iterations, batch, teacher, coarse, spec, settings, rng, stage)
+        x = _descend(x, settings.coarse_iterations, batch, teacher, coarse, settings, rng, stage)
         x = enlarge(x, spec)
-    return _descend(x, steps, batch, teacher, spec, spec, settings, rng, stage)
+    return _descend(x, steps, batch, teacher, spec, settings, rng, stage)
 
 
 def _descend(
@@ -71,18 +68,15 @@ def _descend(
     batch: Batch,
     teacher: Teacher,
     spec: InputSpec,  # of these inputs
-    full: InputSpec,  # of the finished ones
     settings: ClusterQSettings,
     rng: torch.Generator,
     stage: Stage,
 ) -> Tensor:
     start = to_unit(inputs, spec)
     low, high = spec.bounds(start)
-    smoothness = _smoothness(settings, full)
+    smoothness, rate = settings.refine_smoothness, settings.refine_learning_rate
+    assert rate is not None
     image = Waves(start, smoothness) if smoothness else Pixels(start)
-    rate = settings.refine_learning_rate
-    if rate is None:
-        rate = LARGE_RATE if is_large(full.shape) else SMALL_RATE
 
     def evaluated() -> Losses:
         x = torch.addcmul(low, high - low, image.unit())  # `from_unit` without its clamp, which costs two passes over an image
@@ -92,11 +86,3 @@ def _descend(
     descend(evaluated, torch.optim.Adam([image.parameter], rate), steps, settings, stage, after=image.bound)
     with torch.no_grad():
         return from_unit(image.unit(), spec)
-
-
-def _smoothness(settings: ClusterQSettings, spec: InputSpec) -> float:
-    """The power by which the steps of waves fall with frequency, 0 for pixels and for what has no neighbours."""
-    if len(spec.shape) < 2:
-        return 0.0
-    wanted = settings.refine_smoothness
-    return wanted if wanted is not None else LARGE_SMOOTHNESS if is_large(spec.shape) else 0.0

@@ -87,9 +87,11 @@ def build_dataset(
 ) -> SyntheticDataset:
     """Synthesise a set, kept in memory."""
     draft = Draft()
-    synthesise_into(draft, module, spec, settings, num_classes=num_classes, samples=samples, seed=seed, progress=progress)
     request = describe(fingerprint, spec, settings, num_classes=num_classes, samples=samples, seed=seed)
-    return SyntheticDataset(tuple(draft.shards), _about(request))
+    decided = synthesise_into(
+        draft, module, spec, settings, num_classes=num_classes, samples=samples, seed=seed, progress=progress
+    )
+    return SyntheticDataset(tuple(draft.shards), _about(request, decided))
 
 
 def cached_dataset(
@@ -115,10 +117,10 @@ def cached_dataset(
             if not folder.exists():  # another process was faster
                 with _written(folder):
                     draft = FolderDraft(partial)
-                    synthesise_into(
+                    decided = synthesise_into(
                         draft, module, spec, settings, num_classes=num_classes, samples=samples, seed=seed, progress=progress
                     )
-                    about = {**_about(request), **(source.seen_from(folder) if source else {})}
+                    about = {**_about(request, decided), **(source.seen_from(folder) if source else {})}
                     write_manifest(draft.set, tuple(draft.shards), draft.checksums, about)
                     draft.set.rename(folder)
     shutil.rmtree(partial, ignore_errors=True)  # here, where also goes what a kill after the renaming left
@@ -153,8 +155,8 @@ def write_dataset(folder: Path, dataset: SyntheticDataset, source: Mapping[str, 
     write_manifest(folder, dataset.shards, write_shards(folder, dataset), {**dataset.manifest, **(source or {})})
 
 
-def _about(request: dict[str, Any]) -> dict[str, Any]:
-    return {"torch": str(torch.__version__), "request": request}
+def _about(request: dict[str, Any], decided: ClusterQSettings) -> dict[str, Any]:
+    return {"torch": str(torch.__version__), "request": request, "decided": decided.model_dump(mode="json")}
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def test_centroids_carry_no_gradient() -> None:
 def learned(trained: nn.Module, spec: InputSpec) -> Centroids:
     settings = ClusterQSettings(
         iterations=80, warmup_iterations=40, batch_size=32, classification_weight=0.1, augmentation="none"
-    )
+    ).of_inputs(spec.shape)
     rng = torch.Generator().manual_seed(0)
     with teach(trained, spec, num_classes=4, first_aligned_layer=0) as teacher:
         generator = build_generator(spec, 4, settings.latent_size, rng, teacher.device)

@@ -25,10 +25,25 @@ def test_presets_rise_in_effort() -> None:
     assert steps[0].refine_iterations < steps[1].refine_iterations < steps[2].refine_iterations
 
 
-def test_large_images_are_pressed_less_into_their_class_unless_told_otherwise() -> None:
-    weights = [ClusterQSettings().of_inputs(shape).classification_weight for shape in ((3, 96, 96), (3, 95, 200), (40,))]
-    assert weights == [0.001, 0.01, 0.01]
-    assert ClusterQSettings(classification_weight=0).of_inputs((3, 96, 96)).classification_weight == 0
+@pytest.mark.parametrize(
+    ("shape", "weight", "rate", "smoothness"),
+    [((3, 96, 96), 0.001, 0.01, 1), ((3, 95, 200), 0.01, 0.03, 0), ((40,), 0.01, 0.03, 0)],
+)
+def test_what_is_left_open_follows_the_size_of_the_images(
+    shape: tuple[int, ...], weight: float, rate: float, smoothness: float
+) -> None:
+    found = ClusterQSettings().of_inputs(shape)
+    assert (found.classification_weight, found.refine_learning_rate, found.refine_smoothness) == (weight, rate, smoothness)
+    assert [ClusterQSettings(synthesizer=name).of_inputs(shape).learning_rate for name in ("clusterq", "latent")] == [
+        3e-3,
+        1e-2,
+    ]
+
+
+def test_what_is_given_stays_but_for_waves_where_there_are_no_neighbours() -> None:
+    given = ClusterQSettings(classification_weight=0, learning_rate=1, refine_learning_rate=1, refine_smoothness=0.5)
+    assert given.of_inputs((3, 96, 96)) == given
+    assert given.of_inputs((40,)) == given.model_copy(update={"refine_smoothness": 0})
 
 
 def test_every_key_says_what_it_is_and_where_its_default_comes_from() -> None:

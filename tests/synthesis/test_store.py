@@ -162,6 +162,19 @@ def test_a_cached_set_is_made_once(tmp_path: Path, request_of: dict[str, Any], m
         cached_dataset(tmp_path / "cache", **{**request_of, "seed": 1})
 
 
+def test_the_manifest_tells_how_what_was_left_open_was_decided_and_asking_for_that_gives_the_same_bits(
+    tmp_path: Path, request_of: dict[str, Any]
+) -> None:
+    found = cached_dataset(tmp_path / "cache", **request_of)
+    asked, decided = found.manifest["request"]["settings"], found.manifest["decided"]
+    assert {name for name, value in decided.items() if value is None} == {"first_aligned_layer"}
+    assert {name for name, value in asked.items() if value is None} > {"start", "learning_rate", "bfloat16"}
+    assert decided["start"] == "generator"  # stripes in two channels are no photographs
+    outright = cached_dataset(tmp_path / "cache", **{**request_of, "settings": ClusterQSettings(**decided)})
+    assert outright.manifest["request"] != found.manifest["request"]
+    assert torch.equal(outright.inputs, found.inputs)
+
+
 def test_what_a_kill_after_the_renaming_left_is_removed(tmp_path: Path, request_of: dict[str, Any]) -> None:
     cached_dataset(tmp_path, **request_of)
     (folder,) = tmp_path.iterdir()
