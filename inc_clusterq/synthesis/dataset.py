@@ -24,7 +24,7 @@ from inc_clusterq.errors import DatasetError
 from inc_clusterq.synthesis.draft import Shard, file_sha256, open_shard, sha256, shard_name
 
 FORMAT = "inc-clusterq synthetic set"
-VERSION = 6  # raised when the files or the method change, so that a cache never serves what would now come out otherwise
+VERSION = 7  # raised when the files or the method change, so that a cache never serves what would now come out otherwise
 MANIFEST = "manifest.json"
 
 

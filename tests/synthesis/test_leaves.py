@@ -11,7 +11,7 @@ from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.leaves import dead_leaves
 from inc_clusterq.synthesis.settings import ClusterQSettings
-from inc_clusterq.synthesis.spectrum import Waves, wave_weights
+from inc_clusterq.synthesis.spectrum import Waves, busyness, wave_weights
 
 
 def slope(images: Tensor) -> float:
@@ -104,6 +104,36 @@ def test_a_step_of_every_wave_adds_what_falls_with_frequency() -> None:
     with torch.no_grad():
         waves.parameter += 0.01 * torch.randn(waves.parameter.shape, generator=torch.Generator().manual_seed(0)).sign()
     assert slope(waves.unit().detach()) == pytest.approx(-1, abs=0.1)
+
+
+@pytest.mark.parametrize("space", [(40,), (36, 48), (20, 18, 24)])
+def test_busy_places_and_busy_images_are_moved_further_than_flat_ones(space: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    images = torch.full((2, 3, *space), 0.5)
+    half = space[-1] // 2
+    images[0, ..., :half] += 0.2 * torch.randn(images[0, ..., :half].shape, generator=rng)
+    images[1] += 0.02 * torch.randn(images[1].shape, generator=rng)
+    b = busyness(images)
+    assert float(b.square().mean()) == pytest.approx(1, abs=1e-4)
+    busy, border, flat, dim = b[0, ..., : half - 2].mean(), b[0, ..., half], b[0, ..., half + 3 :], b[1].mean()
+    assert float(border.min()) > float(flat.max())
+    assert busy > 2 * dim
+    assert dim > 1.5 * flat.mean()
+
+
+def test_where_all_places_are_alike_waves_move_all_as_far() -> None:
+    torch.testing.assert_close(busyness(torch.full((2, 1, 9, 9), 0.3)), torch.ones(2, 1, 9, 9))
+
+
+def test_waves_are_added_as_busyness_says() -> None:
+    start = 0.4 + 0.2 * torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    start[..., :16] = 0.5
+    waves, plain = Waves(start, 1.0), Waves(torch.full_like(start, 0.5), 1.0)
+    step = 1e-3 * torch.randn(waves.parameter.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        waves.parameter += step
+        plain.parameter += step
+    torch.testing.assert_close(waves.unit() - start, busyness(start) * (plain.unit() - 0.5), atol=1e-6, rtol=1e-4)
 
 
 def test_leaves_moved_by_waves_take_the_classes_and_statistics_of_the_model(trained: nn.Module, spec: InputSpec) -> None:
