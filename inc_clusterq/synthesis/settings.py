@@ -163,7 +163,8 @@ class ClusterQSettings(BaseModel):
         ge=0,
         le=2,
         description="The refinement moves waves instead of pixels, in steps that fall as their frequency to this power: 1 as "
-        "in photographs, 0 for pixels (`clusterq` only). Null: 1 for images of 96 pixels or more, else 0. By trial.",
+        "in photographs, 0 for pixels (`clusterq` only); waves move busy places further than flat ones. Null: 1 for images of "
+        "96 pixels or more, else 0. By trial.",
     )
     coarse_share: float = Field(
         default=0,

@@ -47,7 +47,7 @@ def _root_mean_square(weights: Tensor, length: int) -> Tensor:
 
 
 def busyness(images: Tensor) -> Tensor:
-    """b, how far each place of images (N, C, *space) of shares of the value range is moved; (N, 1, *space), mean square 1 over all."""
+    """b of images (N, C, *space) that hold shares of the value range, shape (N, 1, *space)."""
     space = tuple(images.shape[2:])
     reach = round(min(space) * WINDOW / 2)
     pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[len(space) - 1]
