@@ -101,7 +101,7 @@ def synthesise_into(
     ):
         teacher = replace(taught, bfloat16=is_in_bfloat16(settings, spec, taught))
         batches, steps = batch_count(samples, settings.refine_batch), settings.refine_iterations
-        decided: dict[str, Any] = {"bfloat16": teacher.bfloat16, "compile_teacher": False}
+        decided: dict[str, Any] = {"first_aligned_layer": teacher.first_aligned, "bfloat16": teacher.bfloat16}
         if settings.synthesizer == "latent":
             title = "Optimising latents"
 
