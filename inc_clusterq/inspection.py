@@ -173,7 +173,7 @@ def _page(found: Inspection, model: FloatModel, dataset: SyntheticDataset, ours:
         shape=list(model.input.shape),
         problem=model.problem,
         request=dataset.manifest["request"],
-        decided=dataset.manifest.get("decided"),
+        decided=dataset.manifest["decided"],
         synthetic=found.synthetic,
         real=found.real,
         real_name=found.real_name,
