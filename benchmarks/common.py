@@ -84,7 +84,7 @@ class Subject:
 def parse(
     description: str | None,
     nets: str,
-    widths: str = "W8A8,W4A8",
+    widths: str | None = "W8A8,W4A8",
     seeds: str = "0,1,2",
     compared: str = "",
     word: str = "",
@@ -94,17 +94,19 @@ def parse(
 ) -> Options:
     """Read the command line; exits with status 2 and a sentence where it is wrong.
 
-    A script that compares sources of images, or methods, names the default ones in `compared`, what one is called in `word`
-    and all of them in `known`. One that takes synthetic images in place of real ones on demand says so in `synthetic`; one
-    that `continues` a record takes `--continue`.
+    A script that compares sources of images, methods or presets names the default ones in `compared`, what one is called in
+    `word` and all of them in `known`; one without `widths` quantizes nothing. One that takes synthetic images in place of real
+    ones on demand says so in `synthetic`; one that `continues` a record takes `--continue`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("INCQ_DATA"), help="data folder (or INCQ_DATA)")
     parser.add_argument("--nets", default=nets, help=f"networks, separated by commas (default {nets})")
-    parser.add_argument("--widths", default=widths, help=f"bit-widths such as W4A8 (default {widths})")
+    if widths:
+        parser.add_argument("--widths", default=widths, help=f"bit-widths such as W4A8 (default {widths})")
     parser.add_argument("--seeds", default=seeds, help=f"seeds (default {seeds})")
     parser.add_argument("--limit", type=int, help="test images at most (default: all)")
-    parser.add_argument("--preset", choices=("fast", "balanced", "best"), default="balanced", help="default balanced")
+    if word != "preset":
+        parser.add_argument("--preset", choices=("fast", "balanced", "best"), default="balanced", help="default balanced")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--workspace", type=Path, help="folder that keeps synthetic sets, so that another run finds them")
     if compared:
@@ -124,11 +126,11 @@ def parse(
     if given.data is None or not (Path(given.data) / "load.py").is_file():
         parser.error(f"--data must name a folder that holds load.py; it is {given.data}")
     try:
-        pairs = tuple((int(width[1]), int(width[3])) for width in given.widths.split(",") if _is_width(width))
+        pairs = tuple((int(width[1]), int(width[3])) for width in _listed(given, "widths") if _is_width(width))
         numbers = tuple(int(seed) for seed in given.seeds.split(","))
     except ValueError as error:
         parser.error(str(error))
-    chosen = tuple(getattr(given, f"{word}s").split(",")) if compared else ()
+    chosen = _listed(given, f"{word}s")
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"{unknown[0]!r} is not a {word}; there are {', '.join(known)}")
     images = given.images if compared else IMAGES
@@ -140,7 +142,7 @@ def parse(
         widths=pairs,
         seeds=numbers,
         limit=given.limit,
-        preset=given.preset,
+        preset=getattr(given, "preset", ""),
         json=given.json,
         images=images,
         compared=chosen,
@@ -149,6 +151,11 @@ def parse(
         continued=continues and given.continued,
         synthetic=bool(synthetic) and given.synthetic,
     )
+
+
+def _listed(given: argparse.Namespace, name: str) -> tuple[str, ...]:
+    """What an argument that a script may lack names, separated by commas."""
+    return tuple(getattr(given, name).split(",")) if name in given else ()
 
 
 def _is_width(text: str) -> bool:
@@ -290,7 +297,8 @@ def memory_mb(key: str) -> float:
 
 def print_head(title: str, options: Options, console: Console) -> None:
     """Seeds, machine and versions: what the figures below depend on."""
-    console.print(f"{title}: preset {options.preset}, seeds {', '.join(map(str, options.seeds))}", highlight=False)
+    preset = f"preset {options.preset}, " if options.preset else ""
+    console.print(f"{title}: {preset}seeds {', '.join(map(str, options.seeds))}", highlight=False)
     print_environment(console)
 
 
@@ -304,8 +312,10 @@ def command(options: Options) -> str:
     """The call that repeats these figures, without paths of this machine."""
     widths = ",".join(f"W{weight}A{activation}" for weight, activation in options.widths)
     words = [
-        f"python benchmarks/{Path(sys.argv[0]).name} --data DIR --nets {','.join(options.nets)} --widths {widths}",
-        f"--seeds {','.join(map(str, options.seeds))} --preset {options.preset}",
+        f"python benchmarks/{Path(sys.argv[0]).name} --data DIR --nets {','.join(options.nets)}",
+        f"--widths {widths}" if widths else "",
+        f"--seeds {','.join(map(str, options.seeds))}",
+        f"--preset {options.preset}" if options.preset else "",
         f"--limit {options.limit}" if options.limit else "",
         f"--{options.word}s {shlex.quote(','.join(options.compared))} --images {options.images}" if options.compared else "",
         "--synthetic" if options.synthetic else "",
@@ -328,8 +338,8 @@ def write_json(options: Options, figures: dict[str, Any]) -> None:
     """All single figures with what they depend on."""
     if options.json is None:
         return
-    limit = {"limit": options.limit} if options.limit else {}
-    record(options.json, command(options), {"preset": options.preset, "seeds": options.seeds, **limit, **figures})
+    given = {key: value for key, value in (("preset", options.preset), ("limit", options.limit)) if value}
+    record(options.json, command(options), {**given, "seeds": options.seeds, **figures})
 
 
 def record(file: Path, command: str, figures: dict[str, Any]) -> None:

@@ -21,28 +21,18 @@ sources can be chosen without labels. Test images give the accuracy and nothing 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from continuing import Earlier
+from making import COSTS, Made, make
 from page import cell
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.inputs import InputSpec
-from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.settings import ClusterQSettings
 
@@ -75,19 +65,7 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
 DEFAULT = "noise,statistics,clusterq,latent,latent+alignment,real"
 HOST = "INC W8A8"
 FIGURES = ("top1", "output_error")
-COSTS = ("seconds", "peak_mb", "start_mb")
 MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "variation", "diversity")
-
-
-@dataclass(frozen=True)
-class Made:
-    """A set with what it cost; None for images that cost nothing."""
-
-    inputs: Tensor
-    labels: Tensor
-    seconds: float | None = None
-    peak_mb: float | None = None
-    start_mb: float | None = None
 
 
 def main() -> None:
@@ -144,7 +122,7 @@ def _measured(
             top1 = entry["top1"]
             lacking = [column for column in columns if len(top1[column]) == position]
             if lacking:
-                made = _images(source, net, subject, options, seed)
+                made = _images(source, subject, options, seed)
                 for column in lacking:
                     model = _quantized(column, exported, made.inputs, seed, options)
                     top1[column].append(common.top1(model, subject.test_inputs, subject.test_labels))
@@ -169,7 +147,7 @@ def _quantized(column: str, exported: torch.nn.Module, images: Tensor, seed: int
     return common.reconstructed(exported, images, weight, activation, seed, options, views=1)
 
 
-def _images(source: str, net: str, subject: common.Subject, options: common.Options, seed: int) -> Made:
+def _images(source: str, subject: common.Subject, options: common.Options, seed: int) -> Made:
     """The images of one source; their labels are -1 where it has none."""
     nothing = torch.full((options.images,), -1)
     if source == "noise":
@@ -180,43 +158,7 @@ def _images(source: str, net: str, subject: common.Subject, options: common.Opti
         return Made(common.real(subject.training, options, seed), nothing)
     preset = ClusterQSettings.PRESETS[options.preset]
     settings = ClusterQSettings.model_validate({**preset, **SYNTHETIC[source]})
-    with tempfile.TemporaryDirectory() as folder, _alone() as process:
-        file = Path(folder) / "set.safetensors"
-        job = process.submit(
-            _synthesise, options.data, net, subject.model.input, subject.model.num_classes, settings, options.images, seed, file
-        )
-        costs = job.result()
-        made = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    return Made(made["inputs"], made["labels"], *costs)
-
-
-def _alone() -> ProcessPoolExecutor:
-    """One fresh process: its peak memory is that of one synthesis."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """Do not go on for minutes when the benchmark is killed."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _synthesise(
-    data: Path, net: str, spec: InputSpec, num_classes: int, settings: ClusterQSettings, images: int, seed: int, file: Path
-) -> tuple[float, float, float]:
-    """Write the set to `file`; returns wall seconds, and the memory of this process in MB: the highest, and at first."""
-    module = common.load_module(data).model(net)[0].float().eval().requires_grad_(False)
-    start, began = common.memory_mb("VmRSS"), time.perf_counter()
-    inputs, labels = synthesise(module, spec, settings, num_classes=num_classes, samples=images, seed=seed)
-    seconds = time.perf_counter() - began
-    save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, file)
-    return seconds, common.memory_mb("VmHWM"), start
+    return make(subject, settings, options.images, seed, options.data)
 
 
 def _quality(subject: common.Subject, made: Made) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -13,8 +14,10 @@ SET = ("distance", "diversity")  # their headings
 NOTHING = "No figures have been recorded yet."
 
 
-def sections(records: list[dict[str, Any]], teachers: list[dict[str, Any]]) -> str:
-    """All tables: sources side by side, what each part is worth, numbers of images, and what a step costs in the network."""
+def sections(
+    records: list[dict[str, Any]], presets: Sequence[dict[str, Any]] = (), teachers: Sequence[dict[str, Any]] = ()
+) -> str:
+    """All tables: sources, what each part is worth, numbers of images, what presets cost, and a step in the network."""
     usual = [record for record in records if record["images"] == IMAGES]
     lines = ["### Sources", ""]
     lines += _compared([record for record in usual if not is_ablation(record)]) or [NOTHING, ""]
@@ -22,9 +25,20 @@ def sections(records: list[dict[str, Any]], teachers: list[dict[str, Any]]) -> s
         lines += ["### Without one part", "", *_compared(ablations)]
     if len({record["images"] for record in records}) > 1:
         lines += ["### Numbers of images", "", *_numbers(records)]
+    for record in presets:
+        lines += ["### Cost of the presets", "", *_presets(record)]
     for record in teachers:
         lines += ["### Milliseconds of a step in the network", "", *_steps(record)]
     return "\n".join(lines)
+
+
+def _presets(record: dict[str, Any]) -> list[str]:
+    rows = [
+        [net, preset, cell(costs["seconds"], 0), cell(costs["peak_mb"], 0)]
+        for net, found in record["presets"].items()
+        for preset, costs in found.items()
+    ]
+    return [*table(["network", "preset", "seconds", "peak MB"], rows), "", f"{record['images']} images.", *made_by(record)]
 
 
 def _steps(record: dict[str, Any]) -> list[str]:

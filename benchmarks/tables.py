@@ -41,7 +41,7 @@ def main() -> None:
         (ROOT / "docs" / "accuracy.md", _sections(records)),
         (ROOT / "docs" / "deployment.md", _deployment(deployed)),
         (ROOT / "docs" / "reconstruction.md", _reconstruction()),
-        (ROOT / "docs" / "synthesis.md", synthesis_table.sections(_records("synthesis"), _records("teacher"))),
+        (ROOT / "docs" / "synthesis.md", synthesis_table.sections(*map(_records, ("synthesis", "presets", "teacher")))),
         (ROOT / "README.md", _summary(records)),
     )
     stale = False

@@ -196,6 +196,26 @@ def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, t
 
 
 @pytest.mark.slow
+def test_the_cost_of_a_preset_is_measured_and_becomes_a_table(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "load.py").write_text(LOAD)
+    figures = tmp_path / "figures.json"
+    options = ("--nets", "mine", "--presets", "fast", "--images", "20", "--json", str(figures))
+    done = run(root, "presets.py", "--data", str(tmp_path), *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(figures.read_text())
+    costs = record["presets"]["mine"]["fast"]
+    assert [len(costs[cost]) for cost in ("seconds", "peak_mb", "start_mb")] == [1, 1, 1]
+    assert costs["start_mb"][0] < costs["peak_mb"][0]
+    assert "--widths" not in record["command"]
+    assert "preset" not in record
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    lines = importlib.import_module("synthesis_table").sections([], presets=[record]).splitlines()
+    assert f"| mine | fast | {costs['seconds'][0]:.0f} | {costs['peak_mb'][0]:.0f} |" in lines
+
+
+@pytest.mark.slow
 def test_the_teacher_benchmark_times_every_way_and_its_record_becomes_a_table(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +229,7 @@ def test_the_teacher_benchmark_times_every_way_and_its_record_becomes_a_table(
         way: 3 for way in ("plain", "bfloat16", "compiled", "compiled, bfloat16")
     }
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    lines = importlib.import_module("synthesis_table").sections([], [record]).splitlines()
+    lines = importlib.import_module("synthesis_table").sections([], teachers=[record]).splitlines()
     assert "2 images of 64 pixels; weights are random." in lines
     assert len([line for line in lines if line.startswith("| shufflenet_v2_x0_5 | ")]) == 1
     refused = run(root, "teacher.py", "--nets", "shufflenet")
@@ -251,17 +271,17 @@ def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     table = importlib.import_module("synthesis_table")
     usual = record(256, {"noise": [80.0, 82.0], "latent+alignment": [90.0]})
-    lines = table.sections([usual], []).splitlines()
+    lines = table.sections([usual]).splitlines()
     assert [line for line in lines if line.startswith("#")] == ["### Sources", "#### net, float 91.50"]
     assert "| noise | 81.00 ± 1.41 | - | 51 ± 1 | 900 | 0.012 ± 0.000 | 4.0 ± 0.0 |" in lines
     assert "`python benchmarks/synthesis.py --images 256`" in lines
     assert "| source | INC W8A8 | W4A4 | seconds | peak MB | distance | diversity |" in lines
     for found in usual["synthesis"]["net"]["sources"].values():
         found["output_error"] = {"INC W8A8": [0.001, 0.003], "W4A4": []}
-    lines = table.sections([usual], []).splitlines()
+    lines = table.sections([usual]).splitlines()
     assert "| source | INC W8A8 | W4A4 | INC W8A8 error | seconds | peak MB | distance | diversity |" in lines
     assert "| noise | 81.00 ± 1.41 | - | 0.002 ± 0.001 | 51 ± 1 | 900 | 0.012 ± 0.000 | 4.0 ± 0.0 |" in lines
-    lines = table.sections([usual, record(256, {"clusterq-prior": [89.0]}), record(64, {"noise": [70.0]})], []).splitlines()
+    lines = table.sections([usual, record(256, {"clusterq-prior": [89.0]}), record(64, {"noise": [70.0]})]).splitlines()
     titles = ["### Sources", "### Without one part", "### Numbers of images"]
     assert [line for line in lines if line.startswith("### ")] == titles
     assert lines.index("| net | noise | 64 | 70.00 | - |") + 1 == lines.index("| net | noise | 256 | 81.00 ± 1.41 | - |")
