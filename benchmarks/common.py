@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.environment import environment
+from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.models import FloatModel, check_logits, fingerprint
+from inc_clusterq.models import FloatModel, check_logits
 from inc_clusterq.origin import synthetic_images
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.synthesis.clusterq import synthesise
@@ -180,7 +181,7 @@ def subject(options: Options, net: str) -> Subject:
     test, labels = test[: options.limit], labels[: options.limit]
     spec = input_spec(normalise, test, is_image=size is not None)
     module = module.float().eval().requires_grad_(False)
-    model = FloatModel(net, module, spec, check_logits(module, spec), fingerprint(module))
+    model = FloatModel(net, module, spec, check_logits(module, spec), fingerprint(module, spec))
     if kind == "kws":
         training_split, test_split = "", f"scored on {len(labels)} keyword recordings; there are no training recordings"
     else:

@@ -42,8 +42,9 @@ from inc_clusterq.deployment.inductor import Compiled, compile_frozen, differenc
 from inc_clusterq.deployment.operators import fallbacks
 from inc_clusterq.deployment.packing import pack
 from inc_clusterq.deployment.targets import TARGETS
+from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.models import FloatModel, fingerprint
+from inc_clusterq.models import FloatModel
 from inc_clusterq.output import RESULT
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.result import FORMAT
@@ -97,7 +98,7 @@ def _subject(options: common.Options, net: str) -> tuple[FloatModel, Tensor, Ten
             module(torch.randn(8, 3, 224, 224, generator=generator))
     module = module.float().eval().requires_grad_(False)
     spec = InputSpec((3, 224, 224), -4.0, 4.0)
-    model = FloatModel(net, module, spec, 1000, fingerprint(module))
+    model = FloatModel(net, module, spec, 1000, fingerprint(module, spec))
     images = torch.randn(CALIBRATION + RANDOM_INPUTS, 3, 224, 224, generator=generator).clamp(-4, 4)
     return model, images[:CALIBRATION], images[CALIBRATION:], None
 

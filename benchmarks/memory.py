@@ -26,8 +26,9 @@ from rich.console import Console
 from torch import nn
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.models import FloatModel, fingerprint
+from inc_clusterq.models import FloatModel
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 EVERY = 0.05  # seconds between two looks at the memory
@@ -69,7 +70,7 @@ def main() -> None:
     torch.manual_seed(given.seed)
     spec = InputSpec((3, given.size, given.size))
     module: nn.Module = torchvision.models.get_model(given.net, weights=None).eval().requires_grad_(False)
-    exported = NeuralCompressorAdaptor().export(FloatModel(given.net, module, spec, CLASSES, fingerprint(module)))
+    exported = NeuralCompressorAdaptor().export(FloatModel(given.net, module, spec, CLASSES, fingerprint(module, spec)))
     images = torch.rand(given.images, *spec.shape)
     with _watched() as peaks, tempfile.TemporaryDirectory() as workspace:
         common.one_trial(exported, images, 4, 8, settings, given.seed, Path(workspace))

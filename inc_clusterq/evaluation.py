@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
+from inc_clusterq.modes import evaluated
 from inc_clusterq.tuning import Score
 
 BATCH = 64  # images per forward pass
@@ -53,7 +54,8 @@ def agreement(
     def score(model: nn.Module) -> float:
         if not known:
             inputs = images if isinstance(images, Tensor) else torch.cat([batch for batch, _ in images])
-            known.append((inputs, predictions(float_model, inputs)))
+            with evaluated(float_model):
+                known.append((inputs, predictions(float_model, inputs)))
         inputs, expected = known[0]
         return float((predictions(model, inputs) == expected).double().mean())
 

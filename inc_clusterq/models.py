@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,9 @@ from torch import Tensor, nn
 from inc_clusterq.checkpoints import fit_state, read_state
 from inc_clusterq.config import ModelConfig
 from inc_clusterq.errors import ModelError
+from inc_clusterq.fingerprint import fingerprint, ramp
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.modes import evaluated
 from inc_clusterq.references import call_reference
 
 SUM_TOLERANCE = 1e-4
@@ -44,23 +44,15 @@ def load_model(config: ModelConfig, *, any_output: bool = False) -> FloatModel:
     kind, _, name = config.architecture.partition(":")
     module = _from_torchvision(name, config) if kind == "torchvision" else _from_python(config)
     module = module.float().eval().requires_grad_(False)
-    broken = [name for name, value in module.named_parameters() if not bool(value.isfinite().all())]
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    broken = [name for name, value in tensors if not bool(value.isfinite().all())]
     if broken:
         raise ModelError(f"{config.architecture}: {broken[0]} holds values that are not finite; the checkpoint is damaged")
     spec = config.input.spec()
     output = read_output(module, spec)
     if output.problem and not any_output:
         raise ModelError(f"{output.problem}; {output.remedy}")
-    return FloatModel(name.rpartition(":")[2], module, spec, output.num_classes, fingerprint(module), output.problem)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 (hex) of the structure and of every parameter and buffer: equal for models that compute the same."""
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(module)).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return FloatModel(name.rpartition(":")[2], module, spec, output.num_classes, fingerprint(module, spec), output.problem)
 
 
 @dataclass(frozen=True)
@@ -82,18 +74,23 @@ def check_logits(module: nn.Module, spec: InputSpec) -> int:
 
 def read_output(module: nn.Module, spec: InputSpec) -> Output:
     """Run a batch of two and tell what comes out; ModelError for what is wrong with any model, whatever its task."""
-    like = next((value for value in module.parameters()), torch.empty(0))
-    low, high = spec.bounds(like)
-    ramp = torch.linspace(0, 1, 2 * torch.Size(spec.shape).numel(), dtype=like.dtype, device=like.device)
-    batch = low + (high - low) * ramp.view(2, *spec.shape)
+    if halves := [name for name, value in module.named_parameters() if value.dtype in (torch.float16, torch.bfloat16)]:
+        raise ModelError(f"{halves[0]} holds 16-bit numbers; give the model in float32, as model.float() makes it")
+    batch = ramp(module, spec)
+    given = batch.clone()
     try:
-        with torch.no_grad(), _eval_mode(module):
-            output = module(batch)
+        with torch.no_grad(), evaluated(module):
+            output = module(given)
     except Exception as failure:  # the user's own model: anything can come out of it
         raise ModelError(
             f"the model does not take an input of shape {tuple(batch.shape)}, model.input.shape is {list(spec.shape)}: "
             f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         ) from failure
+    if not given.equal(batch):
+        raise ModelError(
+            "the model changes its input in place, and with it the images that it is compared on; "
+            "let its first operation return a new tensor (no trailing underscore, no inplace=True)"
+        )
     if not isinstance(output, Tensor):
         return Output(
             0, f"the model returns {type(output).__name__}", "it must return one tensor of class logits, (N, classes)"
@@ -108,7 +105,7 @@ def read_output(module: nn.Module, spec: InputSpec) -> Output:
     if not bool(output.isfinite().all()):
         raise ModelError("the model returns values that are not finite; check its weights, model.input.range and .std")
     if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
-        raise ModelError("the model returns probabilities; it must return class logits: take the softmax out of the model")
+        return Output(0, "the model returns probabilities", "it must return class logits: take the softmax out of the model")
     return Output(output.shape[1])
 
 
@@ -181,15 +178,3 @@ def _tensors_only() -> Iterator[None]:
             del os.environ[switch]
         else:
             os.environ[switch] = before
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every submodule's own mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

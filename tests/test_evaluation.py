@@ -75,3 +75,11 @@ def test_a_loader_serves_as_well_as_a_tensor_and_is_read_once(inputs: Tensor) ->
     score(Largest(2))
     assert loader.reads == 1
     assert model.calls == calls  # the float model is asked once
+
+
+def test_the_float_model_is_asked_in_eval_mode_and_keeps_its_own(inputs: Tensor) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9)).train()
+    before = model[0].running_mean.clone()  # type: ignore[operator]
+    assert agreement(model, inputs)(Largest()) == 1.0
+    assert model.training
+    assert torch.equal(model[0].running_mean, before)  # type: ignore[arg-type]

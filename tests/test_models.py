@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from inc_clusterq.config import ModelConfig
 from inc_clusterq.errors import ModelError
+from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.models import check_logits, fingerprint, load_model
+from inc_clusterq.models import check_logits, load_model
 
 SPEC = InputSpec((1, 8, 8))
 NET = """
@@ -41,7 +42,7 @@ def test_a_function_and_a_checkpoint_make_a_frozen_float_model(tmp_path: Path, w
     assert (loaded.name, loaded.num_classes, loaded.input) == ("net", 5, SPEC)
     assert not loaded.module.training
     assert all(not value.requires_grad and value.dtype == torch.float32 for value in loaded.module.parameters())
-    assert loaded.fingerprint == fingerprint(trained)
+    assert loaded.fingerprint == fingerprint(trained, loaded.input)
     x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded.module(x), trained.eval()(x))
 
@@ -111,22 +112,39 @@ def test_an_input_size_that_does_not_fit_is_refused_with_both_shapes() -> None:
 def test_checking_leaves_the_model_as_it_was() -> None:
     model = net()
     model[2].eval()
-    before = fingerprint(model)
+    before = fingerprint(model, SPEC)
     assert check_logits(model, SPEC) == 5
     assert [part.training for part in model] == [True, True, False, True, True]
-    assert fingerprint(model) == before
+    assert fingerprint(model, SPEC) == before
 
 
-def test_the_fingerprint_tells_structure_and_every_value_apart() -> None:
-    torch.manual_seed(0)
-    model = net()
-    twin = net()
-    twin.load_state_dict(model.state_dict())
-    assert fingerprint(twin) == fingerprint(model)
-    assert fingerprint(nn.Sequential(*model, nn.ReLU())) != fingerprint(model)
-    variance = twin.state_dict()["1.running_var"]
-    variance[3] = variance[3].nextafter(torch.tensor(9.0))
-    assert fingerprint(twin) != fingerprint(model)
+def test_numbers_that_are_not_finite_are_found_in_buffers_too(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    name = write_module(
+        "import torch\nfrom torch import nn\ndef net():\n"
+        "    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))\n"
+        "    body[1].running_var[2] = float('inf')\n    return body"
+    )
+    with pytest.raises(ModelError, match=r"1\.running_var holds values that are not finite"):
+        load_model(config(tmp_path, f"python:{name}:net"))
+
+
+def test_a_model_that_writes_over_its_input_is_refused() -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(x.sub_(0.5).div_(0.25))
+            return out
+
+    with pytest.raises(ModelError, match="changes its input in place"):
+        check_logits(Normalising(), SPEC)
+
+
+def test_a_model_in_16_bits_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"0.weight holds 16-bit numbers; .* model.float\(\)"):
+        check_logits(net().bfloat16(), SPEC)
 
 
 def torchvision_config(folder: Path, name: str, weights: str | None = None) -> ModelConfig:
@@ -140,7 +158,7 @@ def test_a_torchvision_checkpoint_brings_its_own_number_of_classes(tmp_path: Pat
     torch.save({"state_dict": trained.state_dict()}, tmp_path / "net.pth")
     loaded = load_model(torchvision_config(tmp_path, "mobilenet_v2", "net.pth"))
     assert loaded.num_classes == 7
-    assert loaded.fingerprint == fingerprint(trained)
+    assert loaded.fingerprint == fingerprint(trained, loaded.input)
 
 
 def test_published_weights_come_from_the_cache_and_are_never_downloaded(
@@ -156,7 +174,8 @@ def test_published_weights_come_from_the_cache_and_are_never_downloaded(
     file = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.url.rpartition("/")[2]
     (tmp_path / "checkpoints").mkdir()
     torch.save(trained.state_dict(), tmp_path / "checkpoints" / file)
-    assert load_model(torchvision_config(tmp_path, "shufflenet_v2_x0_5", "DEFAULT")).fingerprint == fingerprint(trained)
+    loaded = load_model(torchvision_config(tmp_path, "shufflenet_v2_x0_5", "DEFAULT"))
+    assert loaded.fingerprint == fingerprint(trained, loaded.input)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Finished units on disk, addressed by everything that led to them.
 
-The key of a unit is the hash of the key before it and of the unit itself; the first key is the hash of the weights, the
-calibration images, the settings, the bits and the seed. Two runs that agree up to a unit share its file: a run that was
+The key of a unit is the hash of the key before it and of the unit itself; the first key is the hash of the graph, the weights,
+the calibration images, the settings, the bits and the seed. Two runs that agree up to a unit share its file: a run that was
 killed continues there, and the passes of granularity `loss` share the units that they have in common. The random numbers
 of a unit come from its key too, so a resumed run ends bit-identical to one that was never interrupted. The pass end to end is
 kept like a unit, and its state on the way besides, since it can take as long as all units together.
@@ -59,6 +59,7 @@ class UnitStore:
         chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
         formats = [FORMAT, MIXTURES_FORMAT] if settings.mixtures else [FORMAT]
         digest.update(json.dumps([*formats, seed, chosen, quantized.bits], sort_keys=True).encode())
+        digest.update(quantized.graph_module.code.encode())  # which has the operators' arguments
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases
                 digest.update(_bytes(attribute(quantized.graph_module, str(node.target))))

@@ -24,7 +24,7 @@ from inc_clusterq.errors import DatasetError
 from inc_clusterq.synthesis.draft import Shard, file_sha256, open_shard, sha256, shard_name
 
 FORMAT = "inc-clusterq synthetic set"
-VERSION = 7  # raised when the files or the method change, so that a cache never serves what would now come out otherwise
+VERSION = 8  # raised when the files or the method change, so that a cache never serves what would now come out otherwise
 MANIFEST = "manifest.json"
 
 
@@ -81,7 +81,8 @@ def load_dataset(folder: Path) -> SyntheticDataset:
     """Map a set and check every byte of it; DatasetError names the file that is missing, damaged or foreign."""
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST)
-    return SyntheticDataset(tuple(_load_shard(folder, entry) for entry in manifest["shards"]), manifest)
+    shards = tuple(_load_shard(folder, number, entry) for number, entry in enumerate(manifest["shards"]))
+    return SyntheticDataset(shards, manifest)
 
 
 def write_shards(folder: Path, dataset: SyntheticDataset) -> list[str]:
@@ -118,8 +119,8 @@ def _form(shard: Shard) -> dict[str, Any]:
     return {name: [str(tensor.dtype), *tensor.shape] for name, tensor in zip(("inputs", "labels"), shard, strict=True)}
 
 
-def _load_shard(folder: Path, entry: Mapping[str, Any]) -> Shard:
-    path = folder / str(entry["file"])
+def _load_shard(folder: Path, number: int, entry: Mapping[str, Any]) -> Shard:
+    path = folder / shard_name(number)  # whatever the manifest calls it: nothing beside the folder is read
     remedy = f"delete {folder}, then run again"
     try:
         if file_sha256(path) != entry["sha256"]:

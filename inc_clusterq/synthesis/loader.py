@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.models import fingerprint, read_output
+from inc_clusterq.models import read_output
 from inc_clusterq.origin import synthetic_images
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.synthesis.dataset import SyntheticDataset
@@ -125,7 +126,7 @@ class ClusterQDataLoader:
             "seed": self.seed,
             "progress": self.progress,
         }
-        digest = fingerprint(self.model)
+        digest = fingerprint(self.model, self.input)
         if self.cache_dir is None:
             return build_dataset(self.model, digest, self.input, self.settings, **request)
         return cached_dataset(self.cache_dir, self.model, digest, self.input, self.settings, **request)

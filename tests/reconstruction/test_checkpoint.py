@@ -41,6 +41,8 @@ class KilledAfter:
         if self.left < 0:
             raise Killed
 
+    skip = advance
+
 
 class Job:
     """A reconstruction that can be started again and again from the same graph."""
@@ -218,3 +220,13 @@ def test_without_a_folder_nothing_is_kept(
     report, _, _ = job("chain").run(None, quick())
     assert not any(unit.resumed for unit in report.units)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_code_of_a_network_does_is_part_of_the_key(quantized: Quantized, network: Network, quick: Quick) -> None:
+    graph, inputs = quantized("residual", quick()), network("residual")[1]
+    before = UnitStore().start(graph, inputs, quick(), 0).key
+    assert UnitStore().start(graph, inputs, quick(), 0).key == before
+    addition = next(node for node in graph.graph_module.graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    addition.kwargs = {"alpha": 0.5}
+    graph.graph_module.recompile()
+    assert UnitStore().start(graph, inputs, quick(), 0).key != before

@@ -133,3 +133,27 @@ def test_mistakes_are_said_at_once(trained: nn.Module, spec: InputSpec) -> None:
     for wrong in ({"sampling_size": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="it must be at least 1"):
             ClusterQDataLoader(trained, spec, **wrong)  # type: ignore[arg-type]
+
+
+def test_it_can_be_read_first_where_nothing_is_differentiated(
+    loader: ClusterQDataLoader, trained: nn.Module, spec: InputSpec, quick: ClusterQSettings
+) -> None:
+    other = ClusterQDataLoader(trained, spec, sampling_size=11, batch_size=4, seed=0, settings=quick)
+    with torch.inference_mode():
+        inputs = other.dataset.inputs
+    assert torch.equal(inputs, loader.dataset.inputs)
+
+
+def test_a_set_that_is_not_finite_is_refused(spec: InputSpec, trained: nn.Module, quick: ClusterQSettings) -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = trained
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"features": self.body(x)}
+
+    model = Features()
+    dict(trained.named_buffers())["7.running_mean"].fill_(float("inf"))
+    with pytest.raises(ModelError, match="not ended at finite numbers"):
+        ClusterQDataLoader(model, spec, sampling_size=4, settings=quick).dataset  # noqa: B018 made when it is asked for
