@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,47 +21,74 @@ def check_output(folder: Path, *, overwrite: bool, report: str = RESULT) -> None
 
     `overwrite` replaces an earlier result, told by its `report`; a folder that holds anything else is never replaced.
     """
-    if folder.exists() and not folder.is_dir():
+    place = folder.resolve()  # a link stays, and what it leads to is written
+    if place.exists() and not place.is_dir():
         raise OutputError(f"output {folder} is a file; name a folder")
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if place.is_mount():
+        raise OutputError(f"output {folder} is a mount point and cannot be put in place in one step; name a folder inside it")
+    if place in (Path.cwd(), *Path.cwd().parents):
         raise OutputError(f"output {folder} is the current folder or holds it and could not be replaced; name one inside it")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / report).is_file():
+    if place.is_dir() and any(place.iterdir()):
+        if not (place / report).is_file():
             raise OutputError(f"output {folder} holds other files and no earlier result; name a new or an empty folder")
         if not overwrite:
             raise OutputError(f"output {folder} already holds a result; add --overwrite to replace it, or name another")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}."):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}."):
             pass
     except (FileExistsError, NotADirectoryError) as error:
-        raise OutputError(f"output {folder} cannot be written: {folder.parent} is not a folder") from error
+        raise OutputError(f"output {folder} cannot be written: {place.parent} is not a folder") from error
     except OSError as error:
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        raise _unwritable(folder, error) from error
 
 
 @contextmanager
 def filled_whole(folder: Path, report: str = RESULT) -> Iterator[Path]:
     """A hidden folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    place = folder.resolve()
     try:
-        hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        hidden = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
     except OSError as error:
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        raise _unwritable(folder, error) from error
     try:
         hidden.chmod(0o755)
-        yield hidden
-        if folder.exists():
+        try:
+            yield hidden
+        except OSError as error:
+            if is_of(error, hidden):
+                raise _unwritable(folder, error) from error
+            raise
+        if place.exists():
             check_output(folder, overwrite=True, report=report)  # again: the job may have taken hours
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
-                old = folder.rename(Path(beside) / "old")
-                try:
-                    hidden.rename(folder)
-                except OSError:
-                    old.rename(folder)
-                    raise
-        else:
-            hidden.rename(folder)
-    except OSError as error:
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        try:
+            _put(hidden, place)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _put(hidden: Path, place: Path) -> None:
+    """Rename a folder over another one, which stays where that fails."""
+    if not place.exists():
+        hidden.rename(place)
+        return
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as beside:
+        old = place.rename(Path(beside) / "old")
+        try:
+            hidden.rename(place)
+        except OSError:
+            old.rename(place)
+            raise
+
+
+def is_of(error: OSError, folder: Path) -> bool:
+    """Whether an error is of what is written to a folder, and not of something else that a job reads or writes meanwhile."""
+    if error.filename is None:  # the disk is full, and what was written is not told
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Path(os.fsdecode(error.filename)).is_relative_to(folder)
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"output {folder} cannot be written: {error.strerror or error}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,35 @@ def test_the_current_folder_and_those_above_it_are_refused(tmp_path: Path, monke
     for folder in (Path(), Path(".."), tmp_path):
         with pytest.raises(OutputError, match="current folder"):
             check_output(folder, overwrite=True)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "new"):
+        link = tmp_path / f"link_to_{name}"
+        link.symlink_to(tmp_path / "disk" / name)
+        check_output(link, overwrite=False)
+        with filled_whole(link) as folder:
+            fill(folder, name)
+        assert link.is_symlink()
+    assert contents(tmp_path / "disk") == {f"{name}/{RESULT}": name for name in ("empty", "new")}
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "out")
+    with pytest.raises(OutputError, match=r"is a mount point .* name a folder inside it"):
+        check_output(tmp_path / "out", overwrite=False)
+    check_output(tmp_path / "out" / "inside", overwrite=False)
+
+
+def test_only_errors_of_its_own_files_are_blamed_on_the_output(tmp_path: Path) -> None:
+    def open_in(folder: Path) -> None:
+        (folder / "deep" / "file").read_text()
+
+    with pytest.raises(FileNotFoundError), filled_whole(tmp_path / "out"):
+        open_in(tmp_path)
+    with pytest.raises(OutputError, match="out cannot be written: No such file"), filled_whole(tmp_path / "out") as folder:
+        open_in(folder)
+    with pytest.raises(OutputError, match="No space left"), filled_whole(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

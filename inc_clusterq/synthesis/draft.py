@@ -81,7 +81,7 @@ class FolderDraft(Draft):
     def add(self, inputs: Tensor, labels: Tensor, stage: str, state: State) -> None:
         content = save({"inputs": inputs.contiguous(), "labels": labels.contiguous()})
         file = self.set / shard_name(len(self.shards))
-        replace_file(file, content)
+        replace_file(file, content, self.folder)
         self.checksums.append(sha256(content))
         self.shards.append(open_shard(file))
         self.keep(stage, state)
@@ -119,9 +119,9 @@ def open_shard(file: Path) -> Shard:
         return opened.get_tensor("inputs"), opened.get_tensor("labels")
 
 
-def replace_file(file: Path, content: bytes) -> None:
-    """Write a file that is whole whenever it is seen."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+def replace_file(file: Path, content: bytes, beside: Path | None = None) -> None:
+    """Write a file that is whole whenever it is seen; what is not whole lies in `beside`, by default in its own folder."""
+    partial = (beside or file.parent) / f".{file.name}.{os.getpid()}"
     partial.write_bytes(content)
     os.replace(partial, file)
 

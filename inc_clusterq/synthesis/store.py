@@ -25,6 +25,7 @@ from torch import nn
 
 from inc_clusterq.errors import DatasetError, OutputError
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.output import is_of
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.synthesis.clusterq import synthesise_into
 from inc_clusterq.synthesis.dataset import (
@@ -115,7 +116,7 @@ def cached_dataset(
         _make_folder(folder.parent)
         with _alone(folder, progress):
             if not folder.exists():  # another process was faster
-                with _written(folder):
+                with _written(folder, partial):
                     draft = FolderDraft(partial)
                     decided = synthesise_into(
                         draft, module, spec, settings, num_classes=num_classes, samples=samples, seed=seed, progress=progress
@@ -141,7 +142,7 @@ def save_dataset(folder: Path, dataset: SyntheticDataset) -> SyntheticDataset:
     _make_folder(folder.parent)
     sibling = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid4().hex[:8]}")
     try:
-        with _written(folder):
+        with _written(folder, sibling):
             sibling.mkdir()
             write_dataset(sibling, dataset)
             sibling.rename(folder)
@@ -182,10 +183,13 @@ def _alone(folder: Path, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def _written(folder: Path) -> Iterator[None]:
+def _written(folder: Path, unfinished: Path) -> Iterator[None]:
+    """Tell what goes wrong with the files of a set; what goes wrong elsewhere meanwhile passes."""
     try:
         yield
     except OSError as failure:
+        if not is_of(failure, unfinished):
+            raise
         if failure.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and folder.exists():
             raise OutputError(
                 f"{folder} already exists and is not an empty folder; choose another one or remove it"

@@ -267,6 +267,7 @@ class Watch:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.single == last:
             time.sleep(60)
+    skip = advance
 
 watch = Watch()
 made = cached_dataset(cache, net, "net", InputSpec((3,)), settings, 4, 7, 0, progress=watch)
@@ -306,6 +307,17 @@ def test_a_process_killed_anywhere_is_continued_to_the_same_bits(tmp_path: Path,
         status, (steps, *found) = run_job(root, cache, -1)
         assert (status, int(steps), found) == (0, left, wanted)
         assert len(os.listdir(cache)) == 1
+
+
+def test_half_a_shard_of_a_killed_process_does_not_get_into_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    draft = FolderDraft(tmp_path / "draft")
+    monkeypatch.setattr("inc_clusterq.synthesis.draft.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        draft.add(torch.zeros(2, 3), torch.zeros(2).long(), "batches", {})
+    assert list(draft.set.iterdir()) == []
 
 
 def test_who_waits_for_a_process_that_is_killed_takes_over_its_work(tmp_path: Path, root: Path) -> None:
