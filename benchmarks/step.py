@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from inc_clusterq.progress import Stage
+from inc_clusterq.progress import NO_STAGE
 from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.graph import extract
 from inc_clusterq.reconstruction.learning import Flow, optimise
@@ -89,11 +89,6 @@ class PlainBlock(nn.Module):
 
 def _soft(v: Tensor) -> Tensor:
     return (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
-
-
-class _Silent(Stage):
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nobody looks."""
 
 
 def main() -> None:
@@ -180,7 +175,7 @@ def _ours(block: Block, images: Tensor, steps: int, seed: int, keys: dict[str, i
 
     def run() -> None:
         quantized.graph_module.load_state_dict(begin)
-        optimise(units[1], flow, settings, torch.Generator().manual_seed(seed), _Silent(), "unit", set())
+        optimise(units[1], flow, settings, torch.Generator().manual_seed(seed), NO_STAGE, "unit", set())
 
     return run
 

@@ -65,6 +65,9 @@ class _Bar:
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._bars.update(self._task, advance=steps, note=escape(note))
 
+    def skip(self, steps: int, note: str = "") -> None:
+        self.advance(steps, note)
+
 
 class LineProgress:
     """One line when a stage begins, one when it ends, and in between at most one every `QUIET_SECONDS`."""
@@ -83,9 +86,13 @@ class LineProgress:
 class _Line:
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console, self._title, self._total = console, title, total
-        self._done = 0
+        self._done = self._skipped = 0
         self._start = self._last = time.monotonic()
         self._print("...")
+
+    def skip(self, steps: int, note: str = "") -> None:
+        self._skipped += steps
+        self.advance(steps, note)
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
@@ -93,7 +100,7 @@ class _Line:
         if now - self._last < QUIET_SECONDS:
             return
         self._last = now
-        left = (now - self._start) / max(self._done, 1) * max(self._total - self._done, 0)
+        left = (now - self._start) / max(self._done - self._skipped, 1) * max(self._total - self._done, 0)
         self._print(f"{self._done}/{self._total}, about {left:.0f} s left" + (f", {note}" if note else ""))
 
     def end(self) -> None:

@@ -15,6 +15,9 @@ class Stage(Protocol):
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Report `steps` more steps done; `note` is a few words to show beside the bar, for example the loss."""
 
+    def skip(self, steps: int, note: str = "") -> None:
+        """Report `steps` that took no time: they lie on disk, or there was no need for them."""
+
 
 class Progress(Protocol):
     """Whoever watches."""
@@ -25,6 +28,9 @@ class Progress(Protocol):
 
 class _SilentStage:
     def advance(self, steps: int = 1, note: str = "") -> None:
+        pass
+
+    def skip(self, steps: int, note: str = "") -> None:
         pass
 
 

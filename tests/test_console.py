@@ -43,6 +43,16 @@ def test_a_log_gets_a_line_with_time_left_now_and_then(monkeypatch: pytest.Monke
     assert shown(on).splitlines() == ["Unit: ...", "Unit: 4/8, about 40 s left, loss 0.1", "Unit: done in 100 s"]
 
 
+def test_steps_that_took_no_time_do_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 40.0, 50.0])
+    monkeypatch.setattr("inc_clusterq.console.time.monotonic", lambda: next(clock))
+    on = console(terminal=False)
+    with progress_on(on).stage("Unit", 10) as stage:
+        stage.skip(6, "resumed")
+        stage.advance(2)
+    assert shown(on).splitlines()[1] == "Unit: 8/10, about 40 s left"
+
+
 def test_a_stage_that_fails_is_not_called_done() -> None:
     on = console(terminal=False)
     with pytest.raises(KeyboardInterrupt), progress_on(on).stage("Unit", 8):

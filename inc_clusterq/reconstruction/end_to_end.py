@@ -91,7 +91,7 @@ def _descend(
     told = done = 0
     if (state := chain.found_state()) is not None:
         told = done = _restore(state, parts, optimiser, schedule, generator)
-        stage.advance(done, "from disk")
+        stage.skip(done, "from disk")
     saved = time.monotonic()
     look_every = max(1, steps // CHECKS)
     together = images_per_step(inputs[0], settings)  # as many at once as in a unit of large maps: that bounds the memory
@@ -113,7 +113,7 @@ def _descend(
         schedule.step()
         if (step + 1) % look_every == 0 or step + 1 == steps:
             if not finite(parts):
-                stage.advance(steps - told)
+                stage.skip(steps - told)
                 return
             stage.advance(step + 1 - told, f"loss {total:.4g}")
             told = step + 1

@@ -86,7 +86,7 @@ def optimise(
     if not settings.iterations:
         harden(module, learned, learned=False)
     elif not len(learned):
-        stage.advance(settings.iterations, label)
+        stage.skip(settings.iterations, label)
     else:
         best = _Best(module, learned, flow)
         activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
@@ -208,14 +208,14 @@ def _descend(
             continue
         if not finite(learned):
             logger.warning("%s: gradients are not finite numbers, so it is left as the best state before was", label)
-            stage.advance(steps - step // look_every * look_every, label)
+            stage.skip(steps - step // look_every * look_every, label)
             return
         if flow.keeps_back or step + 1 == steps:
             best.look()
         stage.advance(look_every if (step + 1) % look_every == 0 else steps % look_every, f"{label} loss {loss:.4g}")
         if step + 1 < steps and best.looks_since >= settings.patience and undecided(weights) < UNDECIDED:
             logger.debug("%s: flat after %d of %d steps", label, step + 1, steps)
-            stage.advance(steps - step - 1, label)
+            stage.skip(steps - step - 1, label)
             return
 
 

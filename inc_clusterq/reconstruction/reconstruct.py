@@ -178,7 +178,7 @@ class _Loop:
                 label = f"unit {number}/{len(units)} {unit.name}"
                 resumed = chain.restore(module)
                 if resumed:
-                    stage.advance(self.settings.iterations, f"{label} (from disk)")
+                    stage.skip(self.settings.iterations, f"{label} (from disk)")
                 else:
                     weights = self._weights(units[number:], targets, chain, shelf)
                     flow = Flow(float_inputs, quantized_inputs, targets, weights, *images)
@@ -217,7 +217,7 @@ class _Loop:
         chain = run.chain.next(whole, f" {steps} {rate}")
         with self.progress.stage("Learning end to end", steps) as stage:
             if resumed := chain.restore(module):
-                stage.advance(steps, "from disk")
+                stage.skip(steps, "from disk")
                 after = loss_as_deployed(module, self.inputs, run.targets)
             else:
                 after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, chain, stage)

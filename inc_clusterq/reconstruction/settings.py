@@ -19,7 +19,7 @@ FAR_OFF = 0.1  # error of a network's outputs, in units of their power, from whi
 class ReconstructionSettings(BaseModel):
     """Every expert key of the reconstruction; the same names serve in YAML, in Python and in the result's JSON."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {"iterations": 400},

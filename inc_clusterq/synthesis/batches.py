@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inc_clusterq.errors import ModelError
 from inc_clusterq.progress import Stage
 from inc_clusterq.resuming import State
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
@@ -62,7 +63,7 @@ def make_batches(
         centroids = centroids_of(state, centroids)
         rng.set_state(state["rng"])
     if draft.shards:
-        stage.advance(steps * len(draft.shards), "resumed")
+        stage.skip(steps * len(draft.shards), "resumed")
     start = 0
     for number, wanted in enumerate(labels.tensor_split(batches)):
         rows = slice(start, start + len(wanted))
@@ -72,6 +73,11 @@ def make_batches(
         on_device = wanted.to(teacher.device)
         noise = draw_diversity(rng, aligned, len(centroids.classes), settings.mean_diversity, settings.variance_diversity)
         x = optimise(Batch(rows, on_device, centroids, noise), stage)
+        if not bool(x.isfinite().all()):
+            raise ModelError(
+                "the synthesis has not ended at finite numbers: the gradients of the model, or BatchNorm statistics of it, are "
+                "not finite; nothing is saved of this batch"
+            )
         if teacher.classifies:
             with torch.no_grad():
                 seen = teacher.observe(x)

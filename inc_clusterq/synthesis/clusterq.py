@@ -70,6 +70,7 @@ def synthesise(
     return torch.cat(inputs), torch.cat(labels)
 
 
+@torch.inference_mode(mode=False)  # a lazy loader may be read first inside somebody's, or inside `no_grad`
 def synthesise_into(
     draft: Draft,
     module: nn.Module,
@@ -94,7 +95,7 @@ def synthesise_into(
     labels = balanced_labels(torch.arange(max(num_classes, 1)), samples, rng)
     deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with (
-        torch.enable_grad(),  # a lazy loader may be read first inside somebody's `no_grad`
+        torch.enable_grad(),
         deterministic,
         freed_memory_kept(),
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as taught,
@@ -181,7 +182,7 @@ def train(
         centroids, done = restore_training(state, generator, optimiser, centroids, rng)
     with progress.stage("Training the generator", settings.iterations) as stage:
         if done:
-            stage.advance(done, "resumed")
+            stage.skip(done, "resumed")
         for iteration in range(done, settings.iterations):
             if iteration == settings.warmup_iterations and teacher.classifies:
                 centroids = start_centroids(generator, teacher, settings, centroids, rng)

@@ -61,8 +61,6 @@ class Generator(nn.Module):
         self.spec = spec
         channels, *space = spec.shape
         dims = len(space)
-        if dims not in _NORM:
-            raise ValueError(f"shape {list(spec.shape)} has {dims} spatial axes; the generator knows 0 to 3")
         self.sizes = stage_sizes(tuple(space))
         widths = [max(BASE_WIDTH >> stage, LEAST_WIDTH) for stage in range(len(self.sizes))]
         self.embedding = nn.Embedding(num_classes, latent_size)

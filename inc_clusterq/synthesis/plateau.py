@@ -56,6 +56,6 @@ def descend(
         after()
         schedule.step()
         if plateau.reached(loss.item()):
-            stage.advance(steps - step, losses.note())
+            stage.skip(steps - step, losses.note())
             return
         stage.advance(1, losses.note())

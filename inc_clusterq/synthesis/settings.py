@@ -28,7 +28,7 @@ LARGE: dict[str, float] = {"classification_weight": 0.001, "refine_learning_rate
 class ClusterQSettings(BaseModel):
     """How much work the synthesis does and how its terms are weighed; the defaults are the preset `balanced`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     synthesizer: Synthesizer = Field(
         default="clusterq",

@@ -78,7 +78,7 @@ def _remembers(layer: nn.Module) -> bool:
 
 def reference(layer: nn.Module) -> Reference:
     """Copy of the running statistics of one layer out of `batch_norms`."""
-    mean, variance = (layer.get_buffer(name).detach().clone() for name in ("running_mean", "running_var"))
+    mean, variance = (getattr(layer, name).detach().clone() for name in ("running_mean", "running_var"))
     return Reference(Moments(mean, variance), float(getattr(layer, "eps", 1e-5)))
 
 
@@ -113,11 +113,12 @@ class _SampleMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # x: (N, ..., S)
         mean, variance = x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1])
-        for rows in row_blocks(x):
-            # Two passes: E[x^2] - m^2 would lose every digit where a channel's mean is large against its deviation.
-            torch.mean(x[rows], -1, out=mean[rows])
-            centred = x[rows] - mean[rows].unsqueeze(-1)
-            variance[rows] = torch.linalg.vecdot(centred, centred) / x.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):  # which would take products in bfloat16
+            for rows in row_blocks(x):
+                # Two passes: E[x^2] - m^2 would lose every digit where a channel's mean is large against its deviation.
+                torch.mean(x[rows], -1, out=mean[rows])
+                centred = x[rows] - mean[rows].unsqueeze(-1)
+                variance[rows] = torch.linalg.vecdot(centred, centred) / x.shape[-1]
         ctx.save_for_backward(x, mean)
         return mean, variance
 

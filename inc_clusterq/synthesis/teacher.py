@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from inc_clusterq.errors import ConfigError, ModelError
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.modes import evaluated
 from inc_clusterq.synthesis.statistics import (
     Moments,
     Reference,
@@ -84,12 +85,16 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
     """
     layers = batch_norms(module)
     parameter = next(module.parameters(), None)
-    anchor = parameter if parameter is not None else layers[0].get_buffer("running_mean")
+    anchor: Any = parameter if parameter is not None else layers[0].running_mean
     with frozen(module):
-        low, high = spec.bounds(torch.zeros((), device=anchor.device))
-        probe = ((low + high) / 2).expand(2, *spec.shape).to(anchor.dtype)
-        with torch.no_grad(), capture_inputs(layers, lambda seen: None) as called:
-            logits = module(probe)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            capture_inputs(layers, lambda seen: seen.sum().requires_grad) as called,
+        ):
+            low, high = spec.bounds(torch.zeros((), device=anchor.device))
+            probe = ((low + high) / 2).expand(2, *spec.shape).to(anchor.dtype).requires_grad_()
+            logits = module(probe * 1)  # no leaf, so that the model may write over it
         if num_classes and (not isinstance(logits, Tensor) or logits.shape != (2, num_classes)):
             found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(
@@ -100,6 +105,12 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
             raise ModelError(
                 f"{type(module).__name__} holds {len(layers)} BatchNorm layers but calls none of them, so their "
                 "statistics say nothing of its inputs; calibrate with real inputs through the host's static quantization"
+            )
+        if not any(any(reached) for reached in called.values()):
+            raise ModelError(
+                f"{type(module).__name__} gives no gradient to its input: its forward runs in torch.no_grad() or "
+                "torch.inference_mode(), or detaches what it computes, so nothing can be synthesised by it; "
+                "freeze parameters by requires_grad_(False) instead"
             )
         ordered = tuple(called)
         yield Teacher(
@@ -128,15 +139,12 @@ def first_aligned(layers: int, wanted: int | None) -> int:
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Eval mode for every submodule and no gradient for any parameter; each one's own setting comes back."""
-    training = [(part, part.training) for part in module.modules()]
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        module.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with evaluated(module):
+            yield
     finally:
-        for part, flag in training:
-            part.training = flag
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -49,6 +49,8 @@ class Told:
         if self.dies and self.steps > self.pass_steps // 2:
             raise Killed
 
+    skip = advance
+
 
 @pytest.fixture
 def run(quantized: Quantized, network: Network) -> Run:

@@ -309,6 +309,8 @@ class Recorder:
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.steps[-1] += steps
 
+    skip = advance
+
 
 @pytest.mark.parametrize("iterations", [0, 1, 19, 45])
 @pytest.mark.parametrize("name", ["chain", "transposed"])

@@ -162,6 +162,8 @@ class Recorder:
         self.steps[-1] += steps
         self.notes.append(note)
 
+    skip = advance
+
 
 def test_progress_counts_every_step_of_every_batch(trained: nn.Module, spec: InputSpec, quick: ClusterQSettings) -> None:
     watcher = Recorder()

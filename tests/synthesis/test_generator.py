@@ -56,8 +56,3 @@ def test_a_class_changes_what_is_painted() -> None:
     generator = build_generator(InputSpec((1, 8, 8)), 2, 16, torch.Generator().manual_seed(0), CPU).eval()
     z = torch.randn(1, 16, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(generator(z, torch.tensor([0])), generator(z, torch.tensor([1])))
-
-
-def test_a_shape_with_four_spatial_axes_is_refused() -> None:
-    with pytest.raises(ValueError, match="4 spatial axes"):
-        build_generator(InputSpec((1, 2, 2, 2, 2)), 2, 4, torch.Generator(), CPU)

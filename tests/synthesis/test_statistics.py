@@ -132,3 +132,19 @@ def test_frozen_batch_norm_of_other_libraries_counts() -> None:
 def test_a_model_without_batch_norm_is_told_what_to_do_instead() -> None:
     with pytest.raises(ModelError, match=r"no BatchNorm layer.*real inputs, labelled or not.*StaticQuantConfig"):
         batch_norms(nn.Sequential(nn.Conv2d(1, 1, 1), nn.InstanceNorm2d(1, track_running_stats=True)))
+
+
+def test_moments_are_not_taken_in_bfloat16_where_the_network_is() -> None:
+    x = 5 + random(4, 3, 400).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = sample_moments(x, len(x))
+    torch.testing.assert_close(moments.variance, x.var(-1, correction=0))
+
+
+def test_running_statistics_may_be_parameters() -> None:
+    layer = nn.BatchNorm2d(2)
+    del layer.running_mean
+    layer.running_mean = nn.Parameter(torch.tensor([1.0, 2.0]))
+    assert batch_norms(layer) == [layer]
+    assert reference(layer).moments.mean.tolist() == [1, 2]
+    assert not reference(layer).moments.mean.requires_grad

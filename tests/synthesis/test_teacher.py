@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -93,3 +95,30 @@ def test_a_first_aligned_layer_beyond_the_last_is_refused() -> None:
     assert first_aligned(3, 2) == 2
     with pytest.raises(ConfigError, match="first_aligned_layer is 3, but the model calls 3 BatchNorm layers; use 0 to 2"):
         first_aligned(3, 3)
+
+
+class Cut(nn.Module):
+    """A frozen backbone, as some write it."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[object]]) -> None:
+        super().__init__()
+        self.norm, self.head, self.context = nn.BatchNorm1d(3), nn.Linear(3, 2), context
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.context():
+            features = self.norm(x)
+        out: Tensor = self.head(features)
+        return out
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_forward_that_gives_no_gradient_is_refused(context: Callable[[], AbstractContextManager[object]]) -> None:
+    with pytest.raises(ModelError, match=r"Cut gives no gradient to its input: .* requires_grad_"):
+        open_teacher(Cut(context), InputSpec((3,)))
+    open_teacher(Cut(nullcontext), InputSpec((3,)))
+
+
+def test_the_gradient_of_the_input_is_asked_for_whatever_the_caller_has_switched_off() -> None:
+    model = Cut(nullcontext)
+    with torch.inference_mode():
+        open_teacher(model, InputSpec((3,)))
