@@ -79,7 +79,7 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Quantize the model that CONFIG names, without data, and save what plain Neural Compressor loads."""
-    with _job(quiet=quiet, debug=debug) as progress:
+    with _job(quiet=quiet, debug=debug, resumes=True) as progress:
         from inc_clusterq.config import load_config
 
         config = load_config(config_file).override(output=output, seed=seed)
@@ -87,7 +87,7 @@ def quantize(
         from inc_clusterq.pipeline import quantize as run  # heavy: only once the configuration is known to be good
 
         result = run(config, overwrite=overwrite, strict=strict, progress=progress)
-        result.print(Console())
+        result.print(_console())
 
 
 @app.command()
@@ -103,14 +103,14 @@ def synthesize(
     debug: Debug = False,
 ) -> None:
     """Make the synthetic calibration set of CONFIG, or find it, and say where it is."""
-    with _job(quiet=quiet, debug=debug) as progress:
+    with _job(quiet=quiet, debug=debug, resumes=True) as progress:
         from inc_clusterq.config import load_config
 
         config = load_config(config_file).override(seed=seed)
 
         from inc_clusterq.synthetic_set import synthesize as run
 
-        run(config, output=output, overwrite=overwrite, progress=progress).print(Console())
+        run(config, output=output, overwrite=overwrite, progress=progress).print(_console())
 
 
 @app.command()
@@ -144,7 +144,7 @@ def inspect(
 
         from inc_clusterq.inspection import inspect as run
 
-        run(dataset, config=config, real=real, output=output, overwrite=overwrite, progress=progress).print(Console())
+        run(dataset, config=config, real=real, output=output, overwrite=overwrite, progress=progress).print(_console())
 
 
 @app.command()
@@ -163,7 +163,7 @@ def export(
     with _job(quiet=quiet, debug=debug) as progress:
         from inc_clusterq.deployment.export import export as run
 
-        run(result, to, output=output, overwrite=overwrite, strict=strict, progress=progress).print(Console())
+        run(result, to, output=output, overwrite=overwrite, strict=strict, progress=progress).print(_console())
 
 
 @app.command()
@@ -176,7 +176,7 @@ def pack(
     with _job(debug=debug):
         from inc_clusterq.deployment.packing import pack as run
 
-        run(result, overwrite=overwrite).print(Console())
+        run(result, overwrite=overwrite).print(_console())
 
 
 @app.command()
@@ -200,7 +200,7 @@ def bench(
         from inc_clusterq.deployment.bench import numbers
 
         names = tuple(name.strip() for name in targets.split(","))
-        run(result, numbers(batch), names, threads=threads, config_file=config, progress=progress).print(Console())
+        run(result, numbers(batch), names, threads=threads, config_file=config, progress=progress).print(_console())
 
 
 @app.command()
@@ -223,26 +223,32 @@ def _set_logs(*, debug: bool) -> None:
 
 
 @contextmanager
-def _job(*, quiet: bool = True, debug: bool) -> Iterator[Progress]:
+def _job(*, quiet: bool = True, debug: bool, resumes: bool = False) -> Iterator[Progress]:
     """Set the logs before anything heavy is imported; hand over where progress goes, which is where errors go.
 
     What is raised inside becomes one message and an exit status; with `debug` the traceback comes first.
     """
     _set_logs(debug=debug)
-    errors = Console(stderr=True)
+    errors = _console(stderr=True)
     try:
         yield progress_on(errors, quiet=quiet)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        message, status = _outcome(error)
+        message, status = _outcome(error, resumes=resumes)
         errors.print(f"inc-clusterq: {message}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(status) from error
 
 
-def _outcome(error: BaseException) -> tuple[str, int]:
+def _console(*, stderr: bool = False) -> Console:
+    """Where nothing that a user wrote is read as an emoji, as `python:train:net` would be."""
+    return Console(stderr=stderr, emoji=False)
+
+
+def _outcome(error: BaseException, *, resumes: bool) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; finished parts are kept in the workspace, the same command resumes from them", INTERRUPTED
+        kept = "finished parts are kept in the workspace, the same command resumes from them"
+        return f"interrupted; {kept if resumes else 'nothing is left half-written'}", INTERRUPTED
     if isinstance(error, ClusterQError):
         return str(error), error.exit_status
     text = " ".join(str(error).split())

@@ -54,7 +54,7 @@ Kind = Literal["dense", "depthwise", "grouped", "linear"]
 class Section(BaseModel):
     """A mapping of the YAML: no unknown keys, no changes afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class _SectionOfFile(Section):

@@ -41,6 +41,8 @@ class InputSpec:
                 f"shape is {list(self.shape)}; it must hold the positive sizes of one sample without the batch "
                 "dimension, for example [3, 224, 224]"
             )
+        if len(self.shape) > 4:
+            raise ValueError(f"shape is {list(self.shape)}; a sample has one axis of channels and at most three of space")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"range is [{self.low:g}, {self.high:g}]; it must be two finite numbers, the lower one first")
         channels = self.shape[0]
@@ -52,6 +54,11 @@ class InputSpec:
                 )
             if not all(math.isfinite(value) for value in values):
                 raise ValueError(f"{name} is {list(values)}; every value must be finite")
+        if any(value != 0 and not self.low <= value <= self.high for value in self.mean):
+            raise ValueError(
+                f"mean is {list(self.mean)} and range is [{self.low:g}, {self.high:g}]; both are of raw values, before "
+                "normalisation, so a mean lies inside the range: [0, 255] goes with a mean such as 123.7, [0, 1] with 0.485"
+            )
         if any(value <= 0 for value in self.std):
             raise ValueError(f"std is {list(self.std)}; every value must be above 0")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from inc_clusterq.output import check_output, filled_whole
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.report.figures import by_layer, clouds, first_of_each_class, gallery
 from inc_clusterq.report.page import embedded, render
-from inc_clusterq.synthesis.dataset import MANIFEST, SyntheticDataset, load_dataset
+from inc_clusterq.synthesis.dataset import MANIFEST, SyntheticDataset, canonical, load_dataset
 from inc_clusterq.synthesis.quality import Looked, SetQuality, look, measure, project
 from inc_clusterq.synthesis.teacher import teach
 
@@ -114,6 +114,10 @@ def inspect(
     request = opened.manifest.get("request", {})
     if model.fingerprint != request.get("fingerprint"):
         raise DatasetError(f"{dataset} was made for another model than {model_config.architecture}; name its YAML by --config")
+    if json.loads(canonical(asdict(model.input))) != request.get("spec"):
+        raise DatasetError(
+            f"{dataset} was made for another shape, range or normalisation than model.input says; name its YAML by --config"
+        )
     if real is None and config is not None and config.evaluation.accuracy is not None:
         real = config.evaluation.accuracy.dataset
     labelled = _real(real, model, model_config, len(opened)) if real is not None else None
@@ -143,7 +147,13 @@ def _named_model(folder: Path, dataset: SyntheticDataset) -> ModelConfig:
     source = dataset.manifest.get("source")
     if source is None:
         raise DatasetError(f"{folder / MANIFEST} does not say where the model is; name the job's YAML by --config")
-    return ModelConfig.model_validate(source["model"], context={"folder": (folder / source["folder"]).resolve()})
+    code = (folder / source["folder"]).resolve()
+    if code.is_relative_to(folder.resolve()):
+        raise DatasetError(
+            f"{folder / MANIFEST} names {code} as the folder of the model's code, which lies in the set itself; a set is data, "
+            "and none of its own code is run: name the job's YAML by --config"
+        )
+    return ModelConfig.model_validate(source["model"], context={"folder": code})
 
 
 def _real(reference: str, model: FloatModel, config: ModelConfig, most: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -30,10 +31,11 @@ def load_npz(file: Path, model: FloatModel) -> tuple[Tensor, Tensor]:
             missing = [name for name in ("inputs", "labels") if name not in opened]
             if missing:
                 raise DatasetError(f"{file} has no array {missing[0]!r}; it must hold `inputs` and `labels`")
-            inputs, labels = torch.from_numpy(opened["inputs"]), torch.from_numpy(opened["labels"])
+            inputs, numbers = torch.from_numpy(opened["inputs"]), opened["labels"]
+            labels = torch.from_numpy(numbers.astype(np.int64) if numbers.dtype.kind == "u" else numbers)
     except OSError as error:
         raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
-    except (BadZipFile, ValueError, TypeError, AttributeError) as error:
+    except (BadZipFile, zlib.error, EOFError, ValueError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file} is not an .npz file of numbers: {error}") from error
     return _checked(str(file), inputs, labels, model)
 

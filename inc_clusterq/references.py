@@ -33,7 +33,7 @@ def call_reference(reference: str, folder: Path, error: type[UserError]) -> Any:
                     f"{reference}: there is no module {missing.name!r} in {folder} or among the installed packages"
                 ) from missing
             raise error(f"{reference}: {module_name} cannot be imported: {_last_line(missing)}") from missing
-        except Exception as failure:  # the user's own code: anything can come out of it
+        except (Exception, SystemExit) as failure:  # the user's own code: anything can come out of it
             raise error(f"{reference}: {module_name} cannot be imported: {_last_line(failure)}") from failure
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -42,7 +42,7 @@ def call_reference(reference: str, folder: Path, error: type[UserError]) -> Any:
             raise error(f"{reference}: {module_name} ({module.__file__}) has no function {function_name!r}{hint}")
         try:
             return function()
-        except Exception as failure:  # the user's own code: anything can come out of it
+        except (Exception, SystemExit) as failure:
             raise error(f"{reference}: {function_name}() failed: {_last_line(failure)}") from failure
 
 

@@ -119,4 +119,4 @@ class Result:
             highlight=False,
         )
         console.print(f"Compiled: {summary(self.operators)}.", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"Saved in {self.output}", soft_wrap=True, highlight=False)
+        console.print(f"Saved in {self.output}", soft_wrap=True, highlight=False, markup=False)

@@ -61,7 +61,14 @@ def read_yaml(path: Path) -> YamlFile:
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"holds {_kind(data)}"
         raise ConfigError(f"{path}: {found}; it must hold keys and values, beginning with `model:`")
-    return YamlFile(path, data, lines)
+    return YamlFile(path, _with_text_keys(data), lines)
+
+
+def _with_text_keys(data: Any) -> Any:
+    """The same with keys such as 5 or 2026-01-01 as text: no key of ours is anything else."""
+    if isinstance(data, dict):
+        return {str(key): _with_text_keys(value) for key, value in data.items()}
+    return [_with_text_keys(item) for item in data] if isinstance(data, list) else data
 
 
 def _walk(

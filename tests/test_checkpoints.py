@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,16 @@ def test_misfits_are_listed_by_kind_five_of_each_at_most(state: dict[str, Tensor
         "1 of another shape: 0.weight (4, 1, 3, 3) in place of (2, 1, 3, 3)"
     )
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_a_damaged_file_is_one_sentence_wherever_it_is_damaged(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    file, refused = tmp_path / "net.pt", 0
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), max(len(whole) // 150, 1)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with suppress(ModelError):  # and nothing else comes out
+            read_state(file)
+            continue  # a damaged weight is not told
+        refused += 1
+    assert refused > 20

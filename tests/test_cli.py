@@ -78,6 +78,7 @@ def test_options_override_the_yaml(job: Path, tmp_path: Path, pipeline: Callable
     ("failure", "status", "message"),
     [
         (OutputError("results holds [a] result"), 2, "inc-clusterq: results holds [a] result\n"),
+        (ClusterQError("python:train:net is not there"), 1, "inc-clusterq: python:train:net is not there\n"),
         (DeploymentError("differs"), 1, "inc-clusterq: differs\n"),
         (ClusterQError("no"), 1, "inc-clusterq: no\n"),
         (
@@ -144,3 +145,12 @@ def test_the_module_prints_its_version(root: Path) -> None:
         [sys.executable, "-m", "inc_clusterq", "--version"], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"inc-clusterq {__version__}\n"
+
+
+def test_what_does_not_resume_does_not_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inc_clusterq.inspection.inspect", interrupted)
+    result = call("inspect", tmp_path)
+    assert (result.exit_code, result.stderr) == (130, "inc-clusterq: interrupted; nothing is left half-written\n")

@@ -108,8 +108,9 @@ def test_kinds_of_layers_have_their_own_widths_and_other_kinds_are_errors(tmp_pa
 
 
 def test_one_number_normalises_all_channels(tmp_path: Path) -> None:
-    found = load(tmp_path, model={**MODEL, "input": {"shape": [3, 8, 8], "mean": 127.5, "std": 64}}).model.input.spec()
-    assert found == InputSpec((3, 8, 8), mean=(127.5,), std=(64.0,))
+    given = {"shape": [3, 8, 8], "range": [0, 255], "mean": 127.5, "std": 64}
+    found = load(tmp_path, model={**MODEL, "input": given}).model.input.spec()
+    assert found == InputSpec((3, 8, 8), 0, 255, mean=(127.5,), std=(64.0,))
 
 
 def test_override_replaces_output_and_seed_and_nothing_else(tmp_path: Path) -> None:

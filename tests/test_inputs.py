@@ -48,9 +48,17 @@ def test_no_normalised_value_falls_outside_the_bounds(dtype: torch.dtype) -> Non
         ({"high": float("inf")}, "range is [0, inf]"),
         ({"mean": (0.0, 0.0)}, "mean has 2 values; shape [3, 4, 4] takes one for all channels or 3, one per channel"),
         ({"mean": (float("nan"),)}, "mean is [nan]"),
+        ({"mean": (123.7,)}, "mean is [123.7] and range is [0, 1]; both are of raw values"),
+        ({"mean": (0.5, 0.5, -0.1)}, "mean is [0.5, 0.5, -0.1] and range is [0, 1]"),
+        ({"shape": (3, 4, 4, 4, 4)}, "shape is [3, 4, 4, 4, 4]; a sample has one axis of channels and at most three of space"),
         ({"std": (1.0, 0.0, 1.0)}, "std is [1.0, 0.0, 1.0]; every value must be above 0"),
     ],
 )
 def test_an_impossible_input_is_refused_with_the_value(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         InputSpec(**{"shape": (3, 4, 4), **arguments})  # type: ignore[arg-type]
+
+
+def test_a_range_without_zero_goes_with_no_mean() -> None:
+    low, high = InputSpec((3, 4, 4), 20, 300, std=(10.0,)).bounds(torch.empty(0))
+    assert (float(low), float(high)) == (2, 30)

@@ -130,6 +130,24 @@ def test_a_set_without_classes_is_inspected_too(bench: Bench) -> None:
     assert "BatchNorm statistics alone" in (bench.folder / "maps" / "inspection" / "inspection.html").read_text()
 
 
+def test_a_set_for_another_input_of_the_same_model_is_refused(bench: Bench) -> None:
+    text = (bench.folder / "job.yaml").read_text()
+    (bench.folder / "job.yaml").write_text(text.replace("shape: [1, 8, 8]", "shape: [1, 8, 8], std: 0.5"))
+    done = bench.run("inspect", "made", "--config", "job.yaml")
+    assert done.exit_code == 2
+    assert "made was made for another" in done.stderr
+
+
+def test_code_that_lies_in_a_set_is_not_run(bench: Bench) -> None:
+    dataset = load_dataset(bench.folder / "made")
+    dataset.manifest["source"]["folder"] = "."
+    save_dataset(bench.folder / "foreign", dataset)
+    (bench.folder / "foreign" / f"{bench.module}.py").write_text("raise RuntimeError('run')")
+    done = bench.run("inspect", "foreign")
+    assert done.exit_code == 2
+    assert "none of its own code is run" in done.stderr
+
+
 def without_source(folder: Path) -> None:
     dataset = load_dataset(folder)
     del dataset.manifest["source"]

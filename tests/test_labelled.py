@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from inc_clusterq.config import AccuracyConfig
 from inc_clusterq.errors import DatasetError
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.labelled import load_labelled
+from inc_clusterq.labelled import load_labelled, load_npz
 from inc_clusterq.models import FloatModel
 
 MODEL = FloatModel("net", nn.Identity(), InputSpec((2, 4)), 3, "")
@@ -48,3 +49,22 @@ def test_a_set_that_does_not_suit_the_model_is_refused(
 ) -> None:
     with pytest.raises(DatasetError, match=message):
         load(tmp_path, write_module, result)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint64, np.int32])
+def test_labels_of_a_file_may_be_integers_of_any_kind(tmp_path: Path, dtype: type) -> None:
+    np.savez(tmp_path / "set.npz", inputs=np.ones((3, 2, 4), np.float32), labels=np.array([0, 2, 1], dtype))
+    assert load_npz(tmp_path / "set.npz", MODEL)[1].tolist() == [0, 2, 1]
+
+
+def test_an_empty_or_a_damaged_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "set.npz"
+    file.write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"set.npz is not an .npz file"):
+        load_npz(file, MODEL)
+    np.savez_compressed(file, inputs=np.random.default_rng(0).random((9, 2, 4), np.float32), labels=np.zeros(9, np.int64))
+    whole = file.read_bytes()
+    for place in range(60, 160, 5):
+        file.write_bytes(whole[:place] + b"\xff\x00\xff" + whole[place + 3 :])
+        with pytest.raises(DatasetError):
+            load_npz(file, MODEL)

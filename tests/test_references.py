@@ -36,6 +36,8 @@ def test_a_function_of_an_installed_package_is_called(tmp_path: Path) -> None:
         ("def nett(): ...", "has no function 'net'; did you mean 'nett'?"),
         ("net = 3", "has no function 'net'"),
         ("def net():\n    raise ValueError('too\\n wide')", "net() failed: ValueError: too wide (NAME.py, line 2)"),
+        ("import sys\ndef net():\n    sys.exit(0)", "net() failed: SystemExit: 0 (NAME.py, line 3)"),
+        ("import sys\nsys.exit('no')", "cannot be imported: SystemExit: no (NAME.py, line 2)"),
         ("def net(width): ...", "net() failed: TypeError: net() missing 1 required positional argument: 'width'"),
     ],
 )

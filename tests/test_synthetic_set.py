@@ -30,10 +30,14 @@ NETS = """
 
         def forward(self, x):
             y = self.body(x)
-            return {"features": y, "tuple": (y, y.mean()), "dict": {"boxes": y.flatten(1)}, "list": [y]}[self.how]
+            returned = {"features": y, "tuple": (y, y.mean()), "dict": {"boxes": y.flatten(1)}, "list": [y]}
+            return {**returned, "shares": y.mean((2, 3)).softmax(1)}[self.how]
 
     def features():
         return Returning("features")
+
+    def shares():
+        return Returning("shares")
 
     def tuples():
         return Returning("tuple")
@@ -120,7 +124,8 @@ def test_an_output_with_other_files_is_refused_before_any_work(bench: Bench) -> 
 
 
 @pytest.mark.parametrize(
-    ("function", "returned"), [("features", "float32 of shape"), ("tuples", "tuple"), ("dicts", "dict"), ("lists", "list")]
+    ("function", "returned"),
+    [("features", "float32 of shape"), ("shares", "probabilities"), ("tuples", "tuple"), ("dicts", "dict"), ("lists", "list")],
 )
 def test_a_model_without_logits_is_served_by_its_statistics_alone_and_the_command_says_so(
     bench: Bench, function: str, returned: str

@@ -66,3 +66,8 @@ def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -
     binary.write_bytes(b"a: \xff\xfe")
     with pytest.raises(ConfigError, match="not a text file"):
         read_yaml(binary)
+
+
+def test_keys_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+    file = read_yaml(write(tmp_path, "2026-01-01: [{1: a}]\n2.5: b\n"))
+    assert file.data == {"2026-01-01": [{"1": "a"}], "2.5": "b"}
