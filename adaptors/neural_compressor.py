@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from neural_compressor.torch.quantization import INT8StaticQuantConfig, TuningCo
 from neural_compressor.torch.quantization import quantize as host_quantize
 from torch import Tensor, fx, nn
 
-from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
+from inc_clusterq.adaptors.neural_compressor_algorithm import count_units, watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
 from inc_clusterq.canonical import canonicalise
+from inc_clusterq.difference import largest_difference
+from inc_clusterq.environment import installed
 from inc_clusterq.errors import ClusterQError, ModelError
 from inc_clusterq.models import FloatModel
 from inc_clusterq.progress import SILENT, Progress
@@ -53,15 +54,20 @@ class NeuralCompressorAdaptor:
                 raise ModelError(f"{model.name} cannot be exported: {reason}") from error
         assert isinstance(exported, fx.GraphModule)
         canonicalise(exported)
-        probe = torch.randn(3, *model.input.shape, generator=torch.Generator().manual_seed(0))
+        shares = torch.rand(3, *model.input.shape, generator=torch.Generator().manual_seed(0))
+        probe = torch.lerp(*model.input.bounds(shares), shares)
         with torch.no_grad():
-            expected, found = model.module(probe), exported(probe)
-        error_share = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+            error_share = largest_difference(exported(probe), model.module(probe))
         if not error_share <= EXPORT_TOLERANCE:
             raise ModelError(
                 f"{model.name}: the exported graph differs from the model by {error_share:.2g} of its largest output"
             )
         return exported
+
+    def count_units(self, exported: nn.Module, request: TuningRequest) -> int:
+        """Units that the model is cut into; see `Adaptor.count_units`."""
+        with _quiet(logging.WARNING):
+            return count_units(_copied(exported), _config(Trial("", request.settings), request, None))
 
     def tune(
         self,
@@ -98,10 +104,8 @@ class NeuralCompressorAdaptor:
 
     def quantize_static(self, exported: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
         """The host's static quantization with its defaults; the given graph stays as it is."""
-        own = deepcopy(exported)
-        own._exported, own.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
         with _quiet(logging.ERROR):
-            model: nn.Module = host_quantize(own, INT8StaticQuantConfig(), run_fn=_runner(calibration))
+            model: nn.Module = host_quantize(_copied(exported), INT8StaticQuantConfig(), run_fn=_runner(calibration))
         return model
 
     def save(self, model: nn.Module, example: Tensor, folder: Path) -> None:
@@ -118,13 +122,14 @@ class NeuralCompressorAdaptor:
 
     def versions(self) -> dict[str, str]:
         """The host comes as one of two distributions."""
-        found = {}
-        for name in ("neural-compressor", "neural-compressor-pt", "torch", "torchao"):
-            try:
-                found[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        return found
+        return installed("neural-compressor", "neural-compressor-pt", "torch", "torchao")
+
+
+def _copied(exported: nn.Module) -> nn.Module:
+    """An exported model of its own, with what the host has noted on it."""
+    own = deepcopy(exported)
+    own._exported, own.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
+    return own
 
 
 def _work(trial: Trial) -> tuple[Any, int]:
@@ -163,7 +168,7 @@ def _why_not_exported(module: nn.Module, example: Tensor, dynamic_shapes: Any) -
     try:
         torch.export.export(module, (example,), dynamic_shapes=dynamic_shapes)
     except Exception as error:  # whatever the exporter raises is the answer here
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     return "the host's export failed"
 
 

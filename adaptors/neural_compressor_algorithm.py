@@ -30,15 +30,18 @@ from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfi
 from inc_clusterq.canonical import canonicalise
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
+from inc_clusterq.difference import largest_difference
 from inc_clusterq.errors import ModelError
 from inc_clusterq.origin import are_synthetic
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.granularity import explicit_units
+from inc_clusterq.reconstruction.graph import is_observer
 from inc_clusterq.reconstruction.mixing import without_data
-from inc_clusterq.reconstruction.quantizers import install_quantizers
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 SAVED_AS = "static_quant"  # the host's loader chooses by this key
 FULL_BITS = 8  # what a unit that falls back gets
@@ -105,9 +108,13 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
             "the model has not been exported; call neural_compressor.torch.export.export(model, example_inputs) first"
         )
     assert isinstance(model, fx.GraphModule)
+    if any(is_observer(node) for node in model.graph.nodes):
+        raise ModelError("the exported model has been prepared before; the host does that in place, so export it again")
     example = _random_input(model)
     with torch.no_grad():
         reference = model(example)
+    if not isinstance(reference, Tensor):
+        raise ModelError(f"the model returns {type(reference).__name__}; only models that return one tensor can be quantized")
     canonicalise(model)  # which a job has done; a user's own call of the host's export has not
     dynamic_shapes = getattr(model, "dynamic_shapes", None)
     W8A8PT2EQuantizer.is_dynamic = False  # a class attribute that the host's dynamic algorithm leaves set
@@ -116,11 +123,12 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
     batches: list[Tensor] = []
     synthetic: list[bool] = []
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        batches.append(inputs[0].detach())
+    def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        (images,) = (*inputs, *named.values())
+        batches.append(images.detach().clone())  # a loader may fill the same tensor again
         synthetic.append(are_synthetic())
 
-    hook = prepared.register_forward_pre_hook(keep)
+    hook = prepared.register_forward_pre_hook(keep, with_kwargs=True)
     prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, synthetic, hook, dynamic_shapes)
     return prepared
 
@@ -149,11 +157,15 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
             "no calibration image has passed through the prepared model; give run_fn, for example loader.calibrate"
         )
     inputs = torch.cat(calibration.batches)
-    plan = config.bit_plan()
+    if not bool(inputs.isfinite().all()):
+        number = int((~inputs.isfinite().flatten(1).all(1)).nonzero()[0])
+        raise ModelError(f"calibration image {number}, counted from 0, holds values that are not finite")
+    plan, settings = config.bit_plan(), config.reconstruction_settings()
     if config.fallback_units:
-        reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, config, calibration)[1]
-        plan = _with_fallback(plan, reconstruction, config.fallback_units)
-    converted, reconstruction = _reconstruct(prepared, inputs, plan, config, calibration)
+        ranking = settings.model_copy(update={"end_to_end_iterations": 0})  # behind the units, which are shared
+        reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, ranking, config, calibration)[1]
+        plan = _with_fallback(plan, reconstruction, config.fallback_units, min(FULL_BITS, settings.weight_ceiling))
+    converted, reconstruction = _reconstruct(prepared, inputs, plan, settings, config, calibration)
     converted.dynamic_shapes = calibration.dynamic_shapes
     converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
     converted.save = MethodType(host_save, converted)  # type: ignore[assignment]
@@ -162,20 +174,21 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
 
 
 def _reconstruct(
-    prepared: fx.GraphModule, inputs: Tensor, plan: BitPlan, config: MRECGConfig, calibration: _Calibration
+    prepared: fx.GraphModule,
+    inputs: Tensor,
+    plan: BitPlan,
+    settings: ReconstructionSettings,
+    config: MRECGConfig,
+    calibration: _Calibration,
 ) -> tuple[fx.GraphModule, Reconstruction]:
-    settings = config.reconstruction_settings()
     if all(calibration.synthetic):
         settings = without_data(settings, inputs.shape[1:], plan.activation)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
-    try:
-        quantized = install_quantizers(prepared, plan, settings)
-        explicit_units(quantized.units, settings.explicit_units)  # units that the graph cannot have are said at once
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    quantized = _installed(prepared, plan, settings)
     _assert_unchanged(prepared, calibration)
+    _assert_any_batch(prepared, calibration.example)
     prepared.to(device)
     store = UnitStore(Path(config.workspace) if config.workspace else None)
     reconstruction = reconstruct(
@@ -187,20 +200,52 @@ def _reconstruct(
     return converted, reconstruction
 
 
+def count_units(exported: nn.Module, config: MRECGConfig) -> int:
+    """Units that an exported model is cut into, before any are joined.
+
+    Raises:
+        ModelError: `config` names layers that the model does not have, or units that it cannot have.
+    """
+    prepared = _prepare(exported)
+    prepared.meta.pop(CALIBRATION).hook.remove()
+    return len(_installed(prepared, config.bit_plan(), config.reconstruction_settings()).units)
+
+
+def _installed(prepared: fx.GraphModule, plan: BitPlan, settings: ReconstructionSettings) -> QuantizedGraph:
+    try:
+        quantized = install_quantizers(prepared, plan, settings)
+        explicit_units(quantized.units, settings.explicit_units)  # units that the graph cannot have are said at once
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    return quantized
+
+
 @torch.no_grad()
 def _assert_unchanged(prepared: fx.GraphModule, calibration: _Calibration) -> None:
     """With its quantizers open the graph must still be the float model: elsewhere this is where silent collapses began."""
-    outputs = prepared(calibration.example)
-    error = float((outputs - calibration.reference).abs().max() / calibration.reference.abs().max().clamp_min(1e-12))
+    error = largest_difference(prepared(calibration.example), calibration.reference)
     if not error <= FLOAT_TOLERANCE:
         raise ModelError(
             f"the prepared graph differs from the float model by {error:.2g} of its largest output (at most "
-            f"{FLOAT_TOLERANCE:g} is allowed); the model holds an operator that the host's preparation changes"
+            f"{FLOAT_TOLERANCE:g} is allowed); the model holds an operator that the host's preparation changes, or writes "
+            "through a view of another tensor (x[:, 0] = 0)"
         )
 
 
-def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int) -> BitPlan:
-    candidates = [unit for unit in reconstruction.units if unit.lowest_bits < FULL_BITS]
+@torch.no_grad()
+def _assert_any_batch(prepared: nn.Module, example: Tensor) -> None:
+    """Images pass in batches of our size, not of the one that the model was exported with."""
+    try:
+        prepared(torch.cat([example, example[:1]]))
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model was exported for batches of {len(example)} alone; give the host's export dynamic_shapes="
+            "loader.dynamic_shapes, or ({0: torch.export.Dim('batch')},)"
+        ) from error
+
+
+def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int, most: int) -> BitPlan:
+    candidates = [unit for unit in reconstruction.units if unit.lowest_bits < most]
     worst = sorted(candidates, key=lambda unit: -unit.relative_loss)[:units]
     raised = {name: LayerBits(FULL_BITS, FULL_BITS) for unit in worst for name in unit.layers}
     return replace(plan, layers={**plan.layers, **raised})

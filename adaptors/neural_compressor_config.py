@@ -106,9 +106,10 @@ class MRECGConfig(TorchBaseConfig):
         for key in ("w_bits", "act_bits"):
             value = getattr(self, key)
             for bits in value if isinstance(value, list) else [value]:
-                if bits not in WIDTHS:
+                if type(bits) is not int or bits not in WIDTHS:
                     raise ValueError(f"{key} is {bits!r}; it must be a whole number from 2 to 8")
-        if not (isinstance(self.fallback_units, list) or self.fallback_units >= 0):
+        counts = self.fallback_units if isinstance(self.fallback_units, list) else [self.fallback_units]
+        if any(type(count) is not int or count < 0 for count in counts):
             raise ValueError(f"fallback_units is {self.fallback_units!r}; it must be a whole number from 0")
         for kind in self.kind_bits:
             if kind not in KINDS:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 
 import torch
 
 from inc_clusterq import __version__
 from inc_clusterq.cpu import cpu
+
+
+def installed(*distributions: str) -> dict[str, str]:
+    """Versions of those of them that are installed; some packages come as one of several."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def environment(host: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,12 +53,13 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
     seconds: dict[str, float] = {}
     check_output(config.output, overwrite=overwrite)
     strategy, adaptor = _strategy(config), find(ADAPTORS, config.tuning.host)()
-    request = _request(config)
-    trials = strategy.trials(request)
     model = load_model(config.model)
     batch_norms(model.module)  # said at once, not after the export
     with _timed(seconds, "export"):
         exported = adaptor.export(model)
+        request = _request(config)
+        request = replace(request, units=adaptor.count_units(exported, request))
+    trials = strategy.trials(request)
     labelled = load_labelled(config.evaluation.accuracy, model) if config.evaluation.accuracy else None
     with _timed(seconds, "synthesis"):
         dataset = workspace_dataset(config, model, progress)

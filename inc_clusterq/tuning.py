@@ -32,9 +32,16 @@ class TuningRequest:
     settings: ReconstructionSettings
     layers: Mapping[str, LayerBits] = field(default_factory=dict)
     kinds: Mapping[str, LayerBits] = field(default_factory=dict)  # of all layers of a kind, see `Layer.kind`
+    units: int | None = None  # that the model is cut into, before any are joined; None: not known
     max_trials: int = 3
     tolerable_loss: float = 0.01  # relative to the float model's score, the host's criterion
     seed: int = 1978
+
+    @property
+    def lowest_bits(self) -> int:
+        """Of any weight or activation that was asked for."""
+        named = [bits for asked in (*self.layers.values(), *self.kinds.values()) for bits in (asked.weight, asked.activation)]
+        return min(self.weight_bits, self.activation_bits, *(bits for bits in named if bits is not None))
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,13 @@ class Adaptor(Protocol):
 
     def export(self, model: FloatModel) -> nn.Module:
         """The float model in the host's form. Raises ModelError where the host cannot take it."""
+
+    def count_units(self, exported: nn.Module, request: TuningRequest) -> int:
+        """Units that the model is cut into, before any are joined.
+
+        Raises:
+            ModelError: the request names layers that the model does not have, or units that it cannot have.
+        """
 
     def tune(
         self,

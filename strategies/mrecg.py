@@ -3,12 +3,14 @@
 Order of the trials, cheapest promise first:
   1. ModCap granularity: needs no pass of its own.
   2. Loss granularity: one base pass, whose units are reused; the paper's global optimum.
-  3. The better-informed of the two with 1, 2, 4, ... units at 8 bits, those with the largest relative loss first.
+  3. The better-informed of the two with 1, 2, 4, ... units at 8 bits, those with the largest relative loss first, until all
+     are.
 A granularity that the user fixed leaves out the choice between 1 and 2.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -25,13 +27,13 @@ class MRECGStrategy:
         fixed = request.settings.granularity
         granularities = (fixed,) if fixed else ("modcap", "loss")
         proposals = [Trial(name, _with_granularity(request.settings, name)) for name in granularities]
-        if min(request.weight_bits, request.activation_bits) < FULL_BITS:
+        if request.lowest_bits < FULL_BITS:
             settings = proposals[-1].settings
-            units = 1
-            while len(proposals) < request.max_trials:
-                proposals.append(
-                    Trial(f"{granularities[-1]}, {units} unit{'s' if units > 1 else ''} at {FULL_BITS} bits", settings, units)
-                )
+            units, most = 1, request.units or sys.maxsize
+            while len(proposals) < request.max_trials and units < 2 * most:
+                raised = min(units, most)
+                label = f"{granularities[-1]}, {raised} unit{'s' if raised > 1 else ''} at {FULL_BITS} bits"
+                proposals.append(Trial(label, settings, raised))
                 units *= 2
         return proposals[: request.max_trials]
 

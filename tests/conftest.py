@@ -282,6 +282,43 @@ class Transposed(Classifier):
         return functional.relu(self.up(functional.relu(self.a(x))))
 
 
+class Beside(Classifier):
+    """Adds a convolution and one that the host leaves in float."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 3, padding=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return functional.relu(self.b(functional.relu(self.a(x) + self.up(x))))
+
+
+class Averaged(Classifier):
+    """Means over parts of the image, overlapping, with padding, and of unequal size."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = conv(8, 8), conv(8, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.a(functional.avg_pool2d(x, 2)))
+        x = functional.relu(self.b(functional.avg_pool2d(x, 3, 1, 1)))
+        return functional.adaptive_avg_pool2d(x, 3)
+
+
+class Scaled(Classifier):
+    """Adds a share of a branch, on either side."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = functional.relu(torch.add(x, self.a(x), alpha=0.2))
+        return functional.relu(torch.add(self.b(x), x, alpha=0.2))
+
+
 class Worded(Classifier):
     """Says its padding in words; once it takes one more behind than in front."""
 
@@ -331,6 +368,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pooled": Pooled,
     "padded": Padded,
     "transposed": Transposed,
+    "beside": Beside,
+    "averaged": Averaged,
+    "scaled": Scaled,
     "worded": Worded,
     "signal": Signal,
 }

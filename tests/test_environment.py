@@ -14,3 +14,7 @@ def test_figures_of_two_processors_are_told_apart(monkeypatch: pytest.MonkeyPatc
     found = environment.environment({"host": "1.0"})
     assert (found["processor"], found["host"]) == ("Fast 9000", "1.0")
     assert found["instruction set"].endswith(" and AMX") == tiles
+
+
+def test_packages_that_are_not_installed_have_no_version() -> None:
+    assert list(environment.installed("not-there", "torch", "nor-this")) == ["torch"]

@@ -181,7 +181,7 @@ def _adds_residual(addition: fx.Node, place: int, rules: dict[fx.Node, Rule]) ->
 
     The convolution overwrites what it adds, which nothing may read afterwards.
     """
-    if len(addition.all_input_nodes) != 2:
+    if len(addition.all_input_nodes) != 2 or addition.kwargs.get("alpha", 1) != 1:
         return False
     convolution, residual = _argument(addition, place), _argument(addition, 1 - place)
     if not isinstance(rules.get(convolution), _Product) or convolution.target is not aten.conv2d.default:

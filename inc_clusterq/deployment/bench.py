@@ -121,7 +121,7 @@ def bench(
         ModelError: the float model cannot be loaded from where it was.
         MissingDependencyError: a run time is not installed.
     """
-    chosen = [target(name) for name in targets]
+    chosen = [target(name) for name in dict.fromkeys(targets)]
     saved = open_result(result)
     model = load_model((load_config(config_file) if config_file else _config(saved)).model).module
     processor = cpu()

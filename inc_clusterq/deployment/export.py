@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from inc_clusterq.deployment.inductor import Parity, check_parity
 from inc_clusterq.deployment.operators import Operator, require_int8, summary
 from inc_clusterq.deployment.saved import SavedModel, open_result
 from inc_clusterq.deployment.targets import target
-from inc_clusterq.environment import environment
+from inc_clusterq.environment import environment, installed
 from inc_clusterq.errors import ResultError
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.output import check_output, filled_whole
@@ -110,8 +109,8 @@ def export(
         stage.advance(1, "counted")
         parity = check_parity(kernel_arithmetic(saved.module), chosen.load(folder), parity_inputs(saved))
         stage.advance(1, "checked")
-        versions = {name: metadata.version(name) for name in chosen.packages}
-        exported = Exported(to, output, parity, operators, sizes, environment(versions), chosen.hint)
+        versions = environment(installed(*chosen.packages))
+        exported = Exported(to, output, parity, operators, sizes, versions, chosen.hint)
         (folder / REPORT).write_text(json.dumps(exported.as_dict(), indent=2) + "\n", encoding="utf-8")
     return exported
 

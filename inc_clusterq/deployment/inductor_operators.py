@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._inductor import config as inductor_config
 
 from inc_clusterq.deployment.inductor import Compiled, compile_frozen
-from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, of_kind, source_operators
+from inc_clusterq.deployment.operators import WEIGHTED, Kind, Operator, SourceOperator, describe, of_kind, source_operators
 
 aten = torch.ops.aten
 # Handlers of torch's pattern matcher, each of which stands for one fused int8 kernel; by their own names.
@@ -43,6 +43,7 @@ PLAIN: dict[str, Kind] = {
     "prims::_low_memory_max_pool_with_offsets": "pooling",
     "aten::cat": "concatenation",
 }
+INT8 = ("onednn.", "quantized.", "concatenation of 8-bit")  # what names of int8 kernels begin with
 TINY_INPUTS = 16
 TINY_REASON = "for batches of one, Inductor writes products with at most 16 inputs or one output as a loop of its own"
 GENERATED: tuple[Kind, ...] = ("addition", "pooling", "concatenation")  # loops that Inductor writes itself
@@ -112,17 +113,22 @@ def _matched(sources: list[SourceOperator], kernels: list[tuple[Kind, str]], tin
 
 
 def _in_order(sources: list[SourceOperator], kernels: list[tuple[Kind, str]]) -> list[Operator]:
-    """The n-th kernel of each kind belongs to the n-th operator of that kind."""
-    by_kind = {kind: iter([name for found, name in kernels if found == kind]) for kind in {source.kind for source in sources}}
+    """The n-th kernel of each kind belongs to the n-th operator of that kind, among those in float and among the others.
+
+    A convolution that an addition is fused into stands where the addition stood, behind the other branch.
+    """
+    names = {kind: [name for found, name in kernels if found == kind] for kind in {source.kind for source in sources}}
+    in_float = {kind: iter(_taken_for_float(names[kind], kind, sources)) for kind in names}
+    by_kind = {kind: iter(names[kind]) for kind in names}
     counts = {kind: (sum(found == kind for found, _ in kernels), len(list(of_kind(sources, kind)))) for kind in by_kind}
     result: list[Operator] = []
     for source in sources:
-        kernel = next(by_kind[source.kind], None)
+        kernel = next((by_kind if source.quantized or source.kind not in WEIGHTED else in_float)[source.kind], None)
         found, expected = counts[source.kind]
         if kernel is None or found != expected:
             reason = f"Inductor compiled {found} {source.kind} kernels for {expected} of the program: which is which is unknown"
             result.append(describe(source, "float", kernel or "not found", reason))
-        elif kernel.startswith(("onednn.", "quantized.", "concatenation of 8-bit")):
+        elif kernel.startswith(INT8):
             result.append(describe(source, "int8" if source.kind not in ("addition",) else "fused", kernel))
         elif source.kind in GENERATED:
             result.append(describe(source, "fused", f"generated loop ({kernel})"))
@@ -130,3 +136,12 @@ def _in_order(sources: list[SourceOperator], kernels: list[tuple[Kind, str]]) ->
             reason = "no int8 pattern of Inductor matched it"
             result.append(describe(source, "float", kernel, reason))
     return result
+
+
+def _taken_for_float(names: list[str], kind: Kind, sources: list[SourceOperator]) -> list[str]:
+    """Take out of the kernels of a kind, and return, those of the operators that the program itself has in float."""
+    wanted = sum(not source.quantized for source in of_kind(sources, kind)) if kind in WEIGHTED else 0
+    taken = [name for name in names if not name.startswith(INT8)][:wanted]
+    for name in taken:
+        names.remove(name)
+    return taken

@@ -44,7 +44,7 @@ def rewrite(model: ModelProto) -> ModelProto:
     used = {name for node in model.graph.node for name in node.input}
     del model.graph.initializer[:]
     model.graph.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in graph.constants.items() if name in used
+        numpy_helper.from_array(np.asarray(value, order="C"), name) for name, value in graph.constants.items() if name in used
     )
     del model.graph.value_info[:]
     return model

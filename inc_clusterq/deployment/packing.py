@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tempfile
 import zlib
 from collections import Counter
@@ -210,9 +209,9 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 def _write_whole(file: Path, data: bytes) -> None:
     """Under a name of its own first, so that the file appears whole or not at all."""
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
-            stream.write(data)
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+            partial = Path(folder) / file.name
+            partial.write_bytes(data)
+            partial.replace(file)
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error

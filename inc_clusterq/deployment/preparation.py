@@ -11,10 +11,12 @@ from inc_clusterq.deployment.fusion import fuse_clamps
 from inc_clusterq.deployment.padding import quantize_before_padding
 from inc_clusterq.deployment.pooling import write_ceil_mode
 from inc_clusterq.deployment.shapes import record_shapes
+from inc_clusterq.deployment.sharing import separate_shared_weights
 
 
 def prepare_for_kernels(graph_module: fx.GraphModule) -> None:
     """All steps, in the order in which they build on each other."""
+    separate_shared_weights(graph_module)
     quantize_before_padding(graph_module)
     fuse_clamps(graph_module)
     write_ceil_mode(graph_module)

@@ -6,12 +6,16 @@ are found in the graph: a first layer has no weighted operator before it, a last
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from torch import fx
 
 from inc_clusterq.reconstruction.graph import Layer, Unit, is_observer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,13 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
     unknown = sorted(set(plan.layers) - {layer.name for layer in layers.values()})
     if unknown:
         known = ", ".join(dict.fromkeys(layer.name for layer in layers.values()))
-        raise ValueError(f"op_wise names layers that the model does not have: {', '.join(unknown)}; it has: {known}")
+        near = get_close_matches(unknown[0], [layer.name for layer in layers.values()], 3)
+        hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"it has: {known}"
+        raise ValueError(f"op_wise (layer_bits) names layers that the model does not have: {', '.join(unknown)}; {hint}")
+    if left := [layer.name for layer in layers.values() if layer.name in plan.layers and not layer.quantizer]:
+        raise ValueError(f"op_wise (layer_bits) names {left[0]}, which the host's quantizer leaves in float; take it out")
+    if absent := sorted(set(plan.kinds) - {layer.kind for layer in layers.values()}):
+        logger.warning("bits are given for %s layers, and the model has none", " and ".join(absent))
     behind = _weighted_behind(graph_module, set(layers))
     before = _has_weighted_before(graph_module, set(layers))
     last = {name for name in layers if not behind[name]}

@@ -36,7 +36,7 @@ class Moments:
 
 def has_columns(layer: Layer) -> bool:
     """Whether `columns` knows the layer's operator."""
-    return layer.kind == "linear" or len(layer.shape) in (3, 4)
+    return layer.kind == "linear" or len(layer.shape) == 4
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Initial quantization ranges by an Lp search (AdaRound, arXiv 2004.10568; p = 2.4 in the released MRECG code).
 
-A range [low, high] is shrunk in equal steps, and the one whose quantized values are nearest in the Lp sense is kept:
+A range [low, high] is shrunk in equal steps, and the one whose quantized values are nearest in the Lp sense is kept, of
+equally near ones of an activation the widest:
     argmin over r in {r_1 .. 1} of  sum | x - Q(x; r low, r high) |^p .
 """
 
@@ -51,7 +52,7 @@ def activation_range(
     low, high = min(low, 0.0), max(high, 0.0)
     sample = sample.detach().flatten().float()
     best, error = (1.0, 0), float("inf")
-    for share in torch.linspace(SMALLEST, 1.0, CANDIDATES).tolist():
+    for share in torch.linspace(1.0, SMALLEST, CANDIDATES).tolist():
         scale = max((high - low) * share / top, EPSILON)
         zero_point = min(max(round(-low * share / scale), 0), top)
         quantized = ((sample / scale).round() + zero_point).clamp(0, top).sub(zero_point).mul(scale)

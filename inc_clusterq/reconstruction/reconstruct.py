@@ -185,6 +185,7 @@ class _Loop:
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
                     chain.keep(module)
+                    del flow, weights  # the next unit's take their place in memory
                 settled.update(simulated(module))
                 outputs = _forward(module, quantized_inputs, Mode.HARD, self.inputs.device, shelf)
                 loss, power = _mean_loss(outputs, targets), _mean_loss(None, targets)

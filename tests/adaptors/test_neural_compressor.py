@@ -213,3 +213,26 @@ def test_versions_name_the_host_and_its_back_end() -> None:
     versions = NeuralCompressorAdaptor().versions()
     assert {"torch", "torchao"} < set(versions)
     assert any(name.startswith("neural-compressor") for name in versions)
+
+
+def test_units_are_counted_and_names_are_checked_before_anything_is_calibrated(network: Network) -> None:
+    module, _ = network("residual")
+    adaptor, settings = NeuralCompressorAdaptor(), ReconstructionSettings()
+    exported = adaptor.export(FloatModel("net", module, InputSpec((3, 8, 8), -2.0, 2.0), 5, ""))
+    before = str(exported.graph)
+    assert adaptor.count_units(exported, TuningRequest(4, 4, settings)) == 4
+    with pytest.raises(ModelError, match=r"does not have: one\.conv1; did you mean one\.conv1\.0"):
+        adaptor.count_units(exported, TuningRequest(4, 4, settings, layers={"one.conv1": LayerBits(8)}))
+    explicit = ReconstructionSettings.model_validate({"granularity": "explicit", "explicit_units": [["one.conv1.0", "fcc"]]})
+    with pytest.raises(ModelError, match="'fcc', which the model does not have; did you mean fc"):
+        adaptor.count_units(exported, TuningRequest(4, 4, explicit))
+    assert str(exported.graph) == before
+
+
+def test_an_export_that_fails_without_a_word_is_told_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    with pytest.raises(ModelError, match="net cannot be exported"):
+        NeuralCompressorAdaptor().export(FloatModel("net", Silent(), InputSpec((3, 8, 8)), 5, ""))

@@ -194,3 +194,88 @@ def test_a_model_without_weights_is_refused() -> None:
 def test_missing_calibration_images_are_an_error(exported: nn.Module, run_fn: Callable[[nn.Module], None] | None) -> None:
     with pytest.raises(ModelError, match="no calibration image has passed"):
         quantize(exported, MRECGConfig(), run_fn=run_fn)
+
+
+@torch.no_grad()
+def test_a_loader_may_fill_one_tensor_again_and_again_and_call_by_keyword(exported: nn.Module, inputs: Tensor) -> None:
+    def refilling(model: nn.Module) -> None:
+        buffer = torch.empty_like(inputs[:8])
+        for batch in inputs.split(8):
+            model(buffer.copy_(batch))
+
+    def named(model: nn.Module) -> None:
+        (name,) = (node.target for node in exported.graph.nodes if node.op == "placeholder")  # type: ignore[union-attr]
+        for batch in inputs.split(8):
+            model(**{str(name): batch})
+
+    def plain(model: nn.Module) -> None:
+        for batch in inputs.split(8):
+            model(batch)
+
+    found = []
+    for run_fn in (plain, refilling, named):
+        own = copy.deepcopy(exported)
+        own._exported, own.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
+        config = MRECGConfig(w_bits=3, act_bits=4, **QUICK)  # type: ignore[arg-type]
+        found.append(quantize(own, config, run_fn=run_fn)(inputs))
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+
+
+def test_an_exported_model_that_has_been_quantized_is_not_quantized_again(
+    exported: nn.Module, run_fn: Callable[[nn.Module], None]
+) -> None:
+    config = MRECGConfig(**QUICK)  # type: ignore[arg-type]
+    quantize(exported, config, run_fn=run_fn)
+    with pytest.raises(ModelError, match=r"prepared before; .* export it again"):
+        quantize(exported, config, run_fn=run_fn)
+
+
+def test_an_image_that_is_not_finite_is_named(exported: nn.Module, inputs: Tensor) -> None:
+    inputs[7, 0, 3, 3] = float("nan")
+    with pytest.raises(ModelError, match="calibration image 7, counted from 0, holds values that are not finite"):
+        quantize(exported, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs))  # type: ignore[arg-type]
+
+
+class Shaped(nn.Module):
+    """Flattens by the batch size that it sees, or not; returns its logits, or a pair."""
+
+    def __init__(self, *, viewed: bool = False, paired: bool = False, logarithm: bool = False) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 64, 5)
+        self.viewed, self.paired, self.logarithm = viewed, paired, logarithm
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x.log() if self.logarithm else x).relu()
+        out = self.fc(h.view(x.size(0), -1) if self.viewed else h.flatten(1))
+        return (out, h) if self.paired else out
+
+
+def test_a_model_exported_for_one_batch_size_is_taken_where_it_takes_others_too(inputs: Tensor) -> None:
+    config = MRECGConfig(**QUICK)  # type: ignore[arg-type]
+    fixed = export(Shaped(viewed=True).eval(), (inputs[:2],))
+    with pytest.raises(ModelError, match=r"exported for batches of 2 alone; .* dynamic_shapes=loader.dynamic_shapes"):
+        quantize(fixed, config, run_fn=lambda model: model(inputs[:2]))
+    free = export(Shaped().eval(), (inputs[:2],))
+    assert quantize(free, config, run_fn=lambda model: model(inputs[:2])) is not None
+
+
+def test_a_model_that_returns_more_than_a_tensor_is_refused(inputs: Tensor) -> None:
+    pair = export(Shaped(paired=True).eval(), (inputs[:2],), dynamic_shapes=DYNAMIC)
+    with pytest.raises(ModelError, match="the model returns tuple; only models that return one tensor"):
+        quantize(pair, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs))  # type: ignore[arg-type]
+
+
+def test_a_model_of_logarithms_is_compared_where_it_is_finite(inputs: Tensor) -> None:
+    positive = inputs.abs() + 0.1
+    model = export(Shaped(logarithm=True).eval(), (positive[:2],), dynamic_shapes=DYNAMIC)
+    found = quantize(model, MRECGConfig(**QUICK), run_fn=lambda model: model(positive))  # type: ignore[arg-type]
+    assert bool(found(positive).isfinite().all())
+
+
+def test_units_fall_back_to_no_more_bits_than_weights_may_have(
+    exported: nn.Module, run_fn: Callable[[nn.Module], None]
+) -> None:
+    config = MRECGConfig(w_bits=8, act_bits=8, fallback_units=2, weight_ceiling=7, granularity="block", **QUICK)  # type: ignore[arg-type]
+    model = quantize(exported, config, run_fn=run_fn)
+    assert {unit.lowest_bits for unit in model.reconstruction.units} == {7}

@@ -69,6 +69,8 @@ def test_a_saved_configuration_tells_nothing_about_the_machine(tmp_path: Path) -
         ({"granularity": "channel"}, ValueError, "granularity"),
         ({"iterations": -1}, ValueError, "iterations"),
         ({"settings": {"iteration": 4}}, ValueError, "iteration"),
+        ({"w_bits": 4.0}, ValueError, r"w_bits is 4\.0"),
+        ({"fallback_units": 1.5}, ValueError, r"fallback_units is 1\.5"),
         ({"fallback_units": -1}, ValueError, "fallback_units is -1"),
         ({"layer_bits": {"fc": (16, 8)}}, ValueError, r"bits of 'fc' is \(16, 8\)"),
         ({"layer_bits": {"fc": 4}}, ValueError, "bits of 'fc' is 4; it must be a pair"),

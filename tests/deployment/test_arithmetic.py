@@ -15,7 +15,7 @@ from inc_clusterq.evaluation import predictions
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STRUCTURES = ["chain", "residual", "depthwise", "grouped", "concat", "shuffle", "in_place", "tied", "pooled", "padded"]
-STRUCTURES += ["worded", "signal"]
+STRUCTURES += ["worded", "signal", "averaged", "scaled", "beside"]
 SavedResult = Callable[..., SavedModel]
 aten = torch.ops.aten
 
@@ -73,6 +73,8 @@ def test_a_kernel_adds_the_zero_point_before_it_rounds() -> None:
         ("residual", 8),
         ("pooled", 8),
         ("signal", 4),
+        ("scaled", 8),
+        ("tied", 8),
         *[pytest.param(name, bits, marks=pytest.mark.slow) for name in STRUCTURES for bits in (2, 4, 8)],
     ],
 )

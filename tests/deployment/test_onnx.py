@@ -19,7 +19,7 @@ from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.errors import DeploymentError, MissingDependencyError, ResultError
 
 SavedResult = Callable[..., SavedModel]
-ALL_INT8 = ["residual", "depthwise", "concat", "pooled", "padded"]
+ALL_INT8 = ["residual", "depthwise", "concat", "pooled", "padded", "averaged", "scaled", "tied"]
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_every_convolution_and_linear_operator_runs_in_int8(
         ("depthwise", 2),
         ("concat", 8),
         ("signal", 4),
+        ("averaged", 8),
         *[pytest.param(name, bits, marks=pytest.mark.slow) for name in ALL_INT8 for bits in (2, 3, 4, 6, 8)],
     ],
 )

@@ -73,6 +73,19 @@ def test_what_the_host_leaves_in_float_is_a_fallback_and_strict_names_it(saved: 
         require_int8(operators, "inductor")
 
 
+def test_a_fused_addition_does_not_let_two_convolutions_change_their_names(saved: SavedResult) -> None:
+    model = saved("beside", 8)
+    _, operators = compile_and_list(model.module, torch.zeros(1, *model.shape))
+    convolutions = {found.name: found.precision for found in operators if found.kind == "convolution"}
+    assert convolutions == {"stem.0": "int8", "a": "int8", "up": "float", "b": "int8"}
+
+
+def test_a_layer_that_is_called_twice_runs_in_int8_both_times(saved: SavedResult) -> None:
+    model = saved("tied", 8)
+    _, operators = compile_and_list(model.module, torch.zeros(1, *model.shape))
+    assert [found.precision for found in operators if found.kind == "convolution"] == ["int8"] * 3
+
+
 def test_transposed_convolutions_of_any_dimension_are_listed() -> None:
     for layer, shape in ((nn.ConvTranspose1d, (9,)), (nn.ConvTranspose2d, (9, 9)), (nn.ConvTranspose3d, (5, 5, 5))):
         program = torch.export.export(layer(3, 4, 2), (torch.zeros(1, 3, *shape),)).module()

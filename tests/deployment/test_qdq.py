@@ -19,6 +19,7 @@ Reconstructed = Callable[..., QuantizedGraph]
 
 NETWORKS = [
     "chain", "residual", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "transposed",
+    "averaged", "scaled", "beside",
 ]  # fmt: skip
 
 

@@ -64,10 +64,15 @@ def test_of_two_layers_that_read_one_tensor_the_finer_request_counts(prepared: P
     assert inputs["reduce.0"] == inputs["shortcut.0"] == 7
 
 
-def test_an_unknown_layer_is_an_error_that_lists_the_known_ones(prepared: Prepared) -> None:
-    plan = BitPlan(4, 4, layers={"a.0": LayerBits(8), "b.1": LayerBits(8), "conv": LayerBits(8)})
-    with pytest.raises(ValueError, match=r"b\.1, conv; it has: stem\.0, a\.0, b\.0, c\.0, fc"):
-        bits_of(prepared("chain"), plan)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("a.0", "b.1", "head"), r"b\.1, head; did you mean b\.0"), (("head",), r"head; it has: stem\.0, a\.0, b\.0, c\.0, fc")],
+)
+def test_an_unknown_layer_is_an_error_that_names_the_nearest_or_all(
+    prepared: Prepared, names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        bits_of(prepared("chain"), BitPlan(4, 4, layers=dict.fromkeys(names, LayerBits(8))))
 
 
 @pytest.mark.parametrize("layers", [{}, {"s2.0": LayerBits(activation=7)}, {"f1.0": LayerBits(activation=2)}])
@@ -89,3 +94,13 @@ def test_every_quantizer_has_bits(prepared: Prepared, name: str) -> None:
     bits = assign_bits(graph_module, partition(graph_module), BitPlan(4, 4))
     assert set(bits) == {str(node.target) for node in graph_module.graph.nodes if is_observer(node)}
     assert set(bits.values()) <= {4, 8}
+
+
+def test_a_layer_that_stays_in_float_has_no_bits(prepared: Prepared) -> None:
+    with pytest.raises(ValueError, match="names up, which the host's quantizer leaves in float"):
+        bits_of(prepared("transposed"), BitPlan(4, 4, layers={"up": LayerBits(8)}))
+
+
+def test_bits_for_a_kind_that_the_model_does_not_have_are_told(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
+    bits_of(prepared("chain"), BitPlan(4, 4, kinds={"depthwise": LayerBits(8), "dense": LayerBits(5)}))
+    assert [record.message for record in caplog.records] == ["bits are given for depthwise layers, and the model has none"]

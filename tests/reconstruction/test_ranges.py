@@ -104,3 +104,10 @@ def test_a_constant_tensor_gets_a_finite_range_that_holds_it(value: float) -> No
     assert scale > 0
     quantized = torch.fake_quantize_per_tensor_affine(sample, scale, zero_point, 0, 15)
     torch.testing.assert_close(quantized, sample, rtol=0.02, atol=0)
+
+
+def test_of_equally_good_ranges_the_widest_is_taken() -> None:
+    """Where a map is so sparse that the sample holds zeros alone, what is not zero is not cut for nothing."""
+    scale, zero_point = activation_range(torch.zeros(64), 0.0, 10.0, 8, NORM)
+    assert scale == pytest.approx(10 / 255)
+    assert zero_point == 0

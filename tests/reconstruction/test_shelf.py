@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from inc_clusterq.errors import OutputError
+from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph
+from inc_clusterq.reconstruction.reconstruct import reconstruct
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.reconstruction.shelf import AT_ONCE, Shelf
 
 
@@ -52,3 +59,27 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path, 
     with pytest.raises(OutputError, match=r"No space left on device; choose a workspace .*memory_budget"):
         Shelf(0, tmp_path).empty((7, 3, 5), torch.zeros(1))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("loss", ["squared", "fisher"])
+def test_no_more_tensors_of_all_images_live_at_once_than_are_planned_for(
+    quantized: Callable[..., QuantizedGraph],
+    network: Callable[[str], tuple[nn.Module, Tensor]],
+    quick: Callable[..., ReconstructionSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    most = [0]
+    make = Shelf.empty
+
+    def counted(self: Shelf, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        tensor = make(self, shape, like)
+        made.append(weakref.ref(tensor))
+        most[0] = max(most[0], sum(alive.numel() for reference in made if (alive := reference()) is not None))
+        return tensor
+
+    monkeypatch.setattr(Shelf, "empty", counted)
+    settings, (_, inputs) = quick(granularity="layer", loss=loss), network("chain")
+    reconstruct(quantized("chain", settings), inputs, settings, seed=0, store=UnitStore())
+    assert most[0] <= AT_ONCE * len(inputs) * 8 * 8 * 8  # the largest map of the network has 8 channels of 8 x 8

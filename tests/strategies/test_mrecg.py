@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import STRATEGIES, find
 from inc_clusterq.strategies.mrecg import MRECGStrategy
@@ -40,6 +41,18 @@ def test_one_width_below_8_bits_is_enough_to_fall_back(weight: int, activation: 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_there_is_at_least_one_trial_and_never_more_than_allowed(most: int, bits: int) -> None:
     assert 1 <= len(trials(bits, bits, most)) <= most
+
+
+@pytest.mark.parametrize(("units", "raised"), [(1, [1]), (4, [1, 2, 4]), (19, [1, 2, 4, 8, 16, 19])])
+def test_the_last_trial_has_all_units_at_8_bits(units: int, raised: list[int]) -> None:
+    request = TuningRequest(4, 4, ReconstructionSettings(), units=units, max_trials=100)
+    assert summary(list(MRECGStrategy().trials(request)))[2:] == [("loss", count) for count in raised]
+
+
+def test_a_single_layer_below_8_bits_is_enough_to_fall_back() -> None:
+    for few in ({"layers": {"conv": LayerBits(activation=4)}}, {"kinds": {"dense": LayerBits(4)}}):
+        request = TuningRequest(8, 8, ReconstructionSettings(), max_trials=3, **few)  # type: ignore[arg-type]
+        assert len(MRECGStrategy().trials(request)) == 3
 
 
 def test_a_single_trial_is_modcap() -> None:
