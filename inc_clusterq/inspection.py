@@ -60,6 +60,7 @@ class Inspection:
         last = "last layer"
         rows: list[tuple[str, Callable[[SetQuality], str]]] = [
             (f"distance from the BatchNorm statistics, {mean}", lambda q: _number(q.mean("statistics_distance"))),
+            (f"the same of noise, {mean}", lambda q: _number(q.noise_distance)),
             (f"coverage of the ranges they imply, {mean}", lambda q: _share(q.mean("implied_coverage"))),
             (f"beyond those ranges, {mean}", lambda q: _share(q.mean("implied_excess"))),
             (f"class separability, {last}", lambda q: _number(q.layers[-1].separability)),
@@ -69,7 +70,7 @@ class Inspection:
             ("recognised by the model as their class", lambda q: _share(q.recognised)),
         ]
         if self.real is not None:
-            rows[3:3] = [
+            rows[4:4] = [
                 (f"coverage of real ranges, {mean}", lambda q: _share(q.mean("real_coverage"))),
                 (f"beyond real ranges, {mean}", lambda q: _share(q.mean("real_excess"))),
             ]

@@ -155,4 +155,15 @@ def test_the_whole_set_is_summed_up_in_one_sentence(trained: nn.Module, real: tu
     assert found.mean("diversity") == pytest.approx(sum(layer.diversity for layer in found.layers) / 3)
     assert found.mean("real_coverage") is None
     assert "mean of 3 layers" in found.sentence()
+    assert found.mean("statistics_distance") < found.noise_distance / 3  # type: ignore[operator]
+    assert "than noise" not in found.sentence()
     assert measure_set(trained, spec, 0, *real).recognised is None
+
+
+def test_a_set_that_is_no_nearer_than_noise_is_told(trained: nn.Module, spec: InputSpec) -> None:
+    noise = random_samples(spec, 64, torch.Generator().manual_seed(0))
+    found = measure_set(trained, spec, 4, noise, torch.zeros(64).long())
+    assert found.mean("statistics_distance") == pytest.approx(found.noise_distance)
+    assert found.sentence().endswith(
+        "It is no nearer to them than noise: check range, mean and std of model.input, and that gradients reach the input."
+    )
