@@ -34,7 +34,7 @@ from inc_clusterq.difference import largest_difference
 from inc_clusterq.errors import ModelError
 from inc_clusterq.origin import are_synthetic
 from inc_clusterq.progress import SILENT, Progress
-from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
+from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan, LayerBits
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.granularity import explicit_units
 from inc_clusterq.reconstruction.graph import is_observer
@@ -44,7 +44,6 @@ from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 SAVED_AS = "static_quant"  # the host's loader chooses by this key
-FULL_BITS = 8  # what a unit that falls back gets
 CALIBRATION = "inc_clusterq.calibration"  # key of what a prepared graph remembers, in `meta`: attributes are lost in copies
 FLOAT_TOLERANCE = 1e-3  # of the largest output; folding BatchNorm costs about 1e-6
 

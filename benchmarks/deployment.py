@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.cpu import cpu
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
-from inc_clusterq.deployment.bench import Timing, loaders, time_in_turn
+from inc_clusterq.deployment.bench import Timing, compared, loaders
 from inc_clusterq.deployment.export import export
 from inc_clusterq.deployment.inductor import Compiled, compile_frozen, difference
 from inc_clusterq.deployment.operators import fallbacks
@@ -154,7 +154,7 @@ def _timings(model: nn.Module, static: nn.Module, folder: Path, inputs: Tensor) 
     for name, load in loaders(torch.get_num_threads()).items():
         models[name] = load(folder / name)
         models[name](inputs)
-    return time_in_turn(models, inputs)
+    return compared(models, inputs)
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from inc_clusterq.config import Config, OpWise, QuantizationConfig
 from inc_clusterq.cpu import SAFE_WEIGHT_BITS, cpu, overflows
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
-from inc_clusterq.deployment.inductor import Compiled, Latency, Parity, check_parity, compile_frozen, measure_latency
+from inc_clusterq.deployment.inductor import Compiled, Parity, check_parity, compile_frozen
 from inc_clusterq.deployment.inductor_operators import compile_and_list
+from inc_clusterq.deployment.latency import Latency, milliseconds_in_turn
 from inc_clusterq.deployment.operators import Operator, require_int8
 from inc_clusterq.environment import environment
 from inc_clusterq.errors import ConfigError, DatasetError
@@ -119,7 +120,7 @@ def _deployed(
         stage.advance(1, f"compiled {name}")
     parity = check_parity(kernel_arithmetic(evaluated), compiled[OURS], inputs)
     stage.advance(1, "checked")
-    latencies = measure_latency(compiled, example)
+    latencies = {name: Latency.of(times) for name, times in milliseconds_in_turn(compiled, example).items()}
     stage.advance(1, "timed")
     return parity, latencies, operators
 

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from inc_clusterq.deployment.inductor import Latency, Parity
+from inc_clusterq.deployment.inductor import Parity
+from inc_clusterq.deployment.latency import Latency
 from inc_clusterq.deployment.operators import Operator, summary
 from inc_clusterq.synthesis.quality import SetQuality
 from inc_clusterq.tuning import TuningOutcome

@@ -13,10 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from inc_clusterq.reconstruction.bits import FULL_BITS
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.tuning import Trial, TuningRequest
-
-FULL_BITS = 8  # a unit that falls back gets as many bits as the host's kernels take
 
 
 class MRECGStrategy:

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from inc_clusterq.deployment.inductor import Latency, Parity
+from inc_clusterq.deployment.inductor import Parity
+from inc_clusterq.deployment.latency import Latency
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.result import Result, Row

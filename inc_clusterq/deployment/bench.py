@@ -7,9 +7,7 @@ the median of the ratios of neighbouring calls. Every run time gets the same num
 from __future__ import annotations
 
 import resource
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +24,8 @@ from inc_clusterq.config import Config, load_config
 from inc_clusterq.cpu import Cpu, cpu, range_warning
 from inc_clusterq.deployment import onnx, openvino
 from inc_clusterq.deployment.export import parity_inputs
-from inc_clusterq.deployment.inductor import Compiled, Latency, compile_frozen
+from inc_clusterq.deployment.inductor import Compiled, compile_frozen
+from inc_clusterq.deployment.latency import Latency, milliseconds_in_turn
 from inc_clusterq.deployment.packing import weight_bits
 from inc_clusterq.deployment.saved import SavedModel, open_result
 from inc_clusterq.deployment.targets import load_inductor, target
@@ -35,10 +34,6 @@ from inc_clusterq.models import load_model
 from inc_clusterq.progress import SILENT, Progress
 
 FLOAT = "float"
-ROUNDS = 30
-WARM_UP = 3
-BUDGET = 60.0  # seconds for one batch size; fewer rounds where the calls are slow
-FEWEST = 7
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ def bench(
                 models[name] = loaders(count)[name](folder)
                 models[name](inputs)
                 stage.advance(1, f"prepared {name}")
-            timings += time_in_turn(models, inputs)
+            timings += compared(models, inputs)
             stage.advance(1, f"timed batch {batch}")
     warning = range_warning(processor, list(weight_bits(saved.program).values()))
     return Bench(tuple(timings), count, processor, warning, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -157,38 +152,22 @@ def loaders(threads: int) -> Mapping[str, Callable[[Path], Compiled]]:
     }
 
 
-def time_in_turn(
+def compared(
     models: Mapping[str, Compiled],
     inputs: Tensor,  # shape: (batch, *shape)
-    rounds: int = ROUNDS,
 ) -> list[Timing]:
     """Time the models in turn; the first one is what the others are compared with."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    began = time.perf_counter()
-    with torch.no_grad():
-        for number in range(WARM_UP + rounds):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(inputs)
-                if number >= WARM_UP:
-                    times[name].append(1000 * (time.perf_counter() - start))
-            if number >= WARM_UP + FEWEST and time.perf_counter() - began > BUDGET:
-                break
+    times = milliseconds_in_turn(models, inputs)
     reference = next(iter(times.values()))
     return [
         Timing(
             name,
             len(inputs),
-            _summary(values),
-            _summary([base / value for base, value in zip(reference, values, strict=True)]),
+            Latency.of(values),
+            Latency.of([base / value for base, value in zip(reference, values, strict=True)]),
         )
         for name, values in times.items()
     ]
-
-
-def _summary(values: Sequence[float]) -> Latency:
-    deciles = statistics.quantiles(values, n=10)
-    return Latency(statistics.median(values), deciles[0], deciles[-1])
 
 
 def _config(saved: SavedModel) -> Config:

@@ -9,10 +9,8 @@ deviation, not the single largest one. A lost clamp, the fault it is there for, 
 
 from __future__ import annotations
 
-import statistics
-import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +26,6 @@ Compiled = Callable[[Tensor], Tensor]
 TOLERANCE = 0.01  # root mean square of the difference, as a share of the outputs' range
 OUT_OF_RANGE = 4.0  # factor on the inputs that drives activations beyond their calibrated ranges
 BATCH = 64  # images per call of the evaluated model
-ROUNDS = 50  # interleaved timings of each model
-WARM_UP = 5
 
 
 @dataclass(frozen=True)
@@ -48,15 +44,6 @@ class Parity:
             f"equal to the bit on {self.identical:.2%} of {self.images} images, same class on {self.agreement:.2%}, deviation "
             f"{self.in_range:.3%} of the output range ({self.out_of_range:.3%} on inputs beyond it)"
         )
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds per call at batch 1."""
-
-    median: float
-    low: float  # 10th percentile
-    high: float  # 90th percentile
 
 
 def compile_frozen(
@@ -114,27 +101,6 @@ def check_parity(
             f"(at most {TOLERANCE:.0%} is allowed); it must not be deployed"
         )
     return Parity(len(inputs), within.rms, beyond.rms, within.agreement, within.largest, within.identical)
-
-
-def measure_latency(
-    models: Mapping[str, Compiled],
-    example: Tensor,  # shape: (1, *shape)
-) -> dict[str, Latency]:
-    """Time the models in turn, round by round, so that a drift of the machine's speed meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for round_number in range(WARM_UP + ROUNDS):
-            for name, model in models.items():
-                began = time.perf_counter()
-                model(example)
-                if round_number >= WARM_UP:
-                    times[name].append(1000 * (time.perf_counter() - began))
-    return {name: _summary(values) for name, values in times.items()}
-
-
-def _summary(values: list[float]) -> Latency:
-    deciles = statistics.quantiles(values, n=10)
-    return Latency(statistics.median(values), deciles[0], deciles[-1])
 
 
 @dataclass(frozen=True)

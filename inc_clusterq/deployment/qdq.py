@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE
 from inc_clusterq.deployment.shapes import record_shapes
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.graph import replace_observers
@@ -26,8 +27,6 @@ from inc_clusterq.reconstruction.quantizers import QuantizedGraph, write_correct
 from inc_clusterq.reconstruction.ranges import signed_levels
 
 aten = torch.ops.aten
-QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 SOURCE_NOTES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # of a node's metadata
 STORED_MAX = 255  # top of uint8, which every activation is stored in
 

@@ -15,6 +15,8 @@ from torch import fx
 
 from inc_clusterq.reconstruction.graph import Layer, Unit, is_observer
 
+FULL_BITS = 8  # what a unit that falls back gets: as many as the host's kernels take
+
 logger = logging.getLogger(__name__)
 
 

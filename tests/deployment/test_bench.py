@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from inc_clusterq.config import QuantizationConfig
 from inc_clusterq.cpu import Cpu, cpu, overflows, range_warning
 from inc_clusterq.deployment import bench as module
-from inc_clusterq.deployment.bench import bench, numbers, time_in_turn
+from inc_clusterq.deployment.bench import bench, compared, numbers
+from inc_clusterq.deployment.latency import ROUNDS, WARM_UP, milliseconds_in_turn
 from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.errors import ConfigError, ModelError, ResultError
 from inc_clusterq.pipeline import _within_range
@@ -85,8 +87,8 @@ def test_the_models_take_turns_and_are_compared_pair_by_pair() -> None:
 
         return call
 
-    timings = time_in_turn({"float": model("float", 0.004), "fast": model("fast", 0.001)}, torch.zeros(3, 1), rounds=10)
-    assert calls == ["float", "fast"] * 13
+    timings = compared({"float": model("float", 0.004), "fast": model("fast", 0.001)}, torch.zeros(3, 1))
+    assert calls == ["float", "fast"] * (WARM_UP + ROUNDS)
     assert [(timing.model, timing.batch) for timing in timings] == [("float", 3), ("fast", 3)]
     assert timings[0].speed.median == 1
     assert 2 < timings[1].speed.median < 5
@@ -111,7 +113,7 @@ NET = """
 def test_the_float_model_is_found_where_the_result_says(
     saved: SavedResult, write_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ROUNDS", 8)
+    monkeypatch.setattr(module, "milliseconds_in_turn", partial(milliseconds_in_turn, rounds=8))
     folder = saved("chain", 8).folder
     report = json.loads((folder / "result.json").read_text())
     try:

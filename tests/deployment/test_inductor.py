@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._inductor.exc import CppCompileError
 from torch._inductor.utils import run_and_get_code
 
-from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen, measure_latency
+from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import DeploymentError
@@ -163,20 +163,3 @@ def test_of_the_cpp_compiler_its_first_error_is_told(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", failing)
     with pytest.raises(DeploymentError, match=r"the C\+\+ compiler failed: a\.cpp:3: fatal error: Python\.h: No such file$"):
         compile_frozen(pair[0], pair[1][:1])
-
-
-def test_latency_is_measured_for_each_model_in_turn() -> None:
-    calls: list[str] = []
-
-    def model(name: str) -> Compiled:
-        def call(x: Tensor) -> Tensor:
-            calls.append(name)
-            return x
-
-        return call
-
-    latencies = measure_latency({"a": model("a"), "b": model("b")}, torch.zeros(1))
-    assert calls[:4] == ["a", "b", "a", "b"]
-    assert calls.count("a") == calls.count("b")
-    for latency in latencies.values():
-        assert 0 < latency.low <= latency.median <= latency.high
