@@ -133,13 +133,17 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
 
 
 def _random_input(exported: fx.GraphModule) -> Tensor:
-    """Two samples of the shape that the model was exported with; whatever numbers, always the same ones."""
+    """Two samples of the shape that the model was exported with; whatever numbers, always the same ones.
+
+    The second has none below zero, where a logarithm or a root would tell nothing.
+    """
     inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise ModelError(f"the model has {len(inputs)} inputs; only models with one image tensor as input can be quantized")
     shape = inputs[0].meta["val"].shape
     batch = shape[0] if isinstance(shape[0], int) else 2
-    return torch.randn(batch, *(int(size) for size in shape[1:]), generator=torch.Generator().manual_seed(0))
+    numbers = torch.randn(batch, *(int(size) for size in shape[1:]), generator=torch.Generator().manual_seed(0))
+    return torch.cat([numbers[:1], numbers[1:].abs()])
 
 
 def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 
 from torch import fx
 
@@ -60,7 +61,7 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
     if left := [layer.name for layer in layers.values() if layer.name in plan.layers and not layer.quantizer]:
         raise ValueError(f"op_wise (layer_bits) names {left[0]}, which the host's quantizer leaves in float; take it out")
     if absent := sorted(set(plan.kinds) - {layer.kind for layer in layers.values()}):
-        logger.warning("bits are given for %s layers, and the model has none", " and ".join(absent))
+        _tell(" and ".join(absent))
     behind = _weighted_behind(graph_module, set(layers))
     before = _has_weighted_before(graph_module, set(layers))
     last = {name for name in layers if not behind[name]}
@@ -80,6 +81,12 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
             # One observer may stand at several places (pooling keeps its input's scale): the finest request counts.
             bits[str(node.target)] = found
     return _same_for_shared(graph_module, bits)
+
+
+@cache
+def _tell(kinds: str) -> None:
+    """Once, and not in every trial."""
+    logger.warning("bits are given for %s layers, and the model has none", kinds)
 
 
 def _same_for_shared(graph_module: fx.GraphModule, bits: dict[str, int]) -> dict[str, int]:

@@ -32,7 +32,7 @@ from inc_clusterq.resuming import State
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "sha256"  # key in a file's metadata
-FORMAT = 5  # raised whenever the meaning of a file or the course of the optimisation changes
+FORMAT = 6  # raised whenever the meaning of a file or the course of the optimisation changes
 MIXTURES_FORMAT = 2  # the same, where it changes for units that learn from mixtures and for no others
 # These choose units, where their tensors are kept, or what comes after the last of them.
 NOT_THE_UNITS = {

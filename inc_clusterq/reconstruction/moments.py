@@ -7,6 +7,7 @@ those on a grid are taken, whose place goes from image to image through all that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isqrt
 
@@ -34,6 +35,15 @@ class Moments:
     samples: int  # columns that were seen
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What the bias of a layer needs to know."""
+
+    wanted: Tensor  # W E x, with the float input x, shape: (C,)
+    input_mean: Tensor  # E x^, of the quantized input, shape: (G, n)
+    deviation: Tensor  # of W x^, shape: (C,)
+
+
 def has_columns(layer: Layer) -> bool:
     """Whether `columns` knows the layer's operator."""
     return layer.kind == "linear" or len(layer.shape) == 4
@@ -49,29 +59,19 @@ def collect(
     batch_size: int,
 ) -> Moments:
     """Moments of the inputs of one layer of `unit`; the quantized one passes the layers before it as they now are."""
-    operator = next(node for node in graph_module.graph.nodes if node.name == layer.node)
-    before = extract(graph_module, unit, input_of=layer.node)
     device = attribute(graph_module, layer.weight).device  # the inputs may be mapped
     covariance = cross = mean = float_mean = torch.zeros((), dtype=torch.float64, device=device)
-    samples, seen, row = 0, 0, layer.parameters // layer.shape[0]
-    wanted = max(POSITIONS, -(-COLUMNS * row // len(float_inputs)))
+    samples = 0
     middle: tuple[Tensor, Tensor] | None = None
-    for float_batch, quantized_batch in zip(float_inputs.split(batch_size), quantized_inputs.split(batch_size), strict=True):
-        with in_mode(before, Mode.FLOAT):
-            x = before(float_batch.to(device))
-        with in_mode(before, Mode.HARD):
-            quantized = before(quantized_batch.to(device))
-        for one, other in zip(_pieces(x, layer), _pieces(quantized, layer), strict=True):
-            a, b = (columns(part, layer, operator, wanted, seen) for part in (one, other))
-            seen += len(one)
-            if middle is None:
-                middle = a.mean(-1, keepdim=True), b.mean(-1, keepdim=True)
-            # About a rough mean, since single precision would lose a variance that is small against the mean's square.
-            a, b = a - middle[0], b - middle[1]
-            # Products in single precision, sums of them in double: the first are as good as free, the second long.
-            covariance, cross = covariance + (b @ b.mT).double(), cross + (b @ a.mT).double()
-            mean, float_mean = mean + b.sum(-1).double(), float_mean + a.sum(-1).double()
-            samples += a.shape[-1]
+    for a, b in _pairs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size):
+        if middle is None:
+            middle = a.mean(-1, keepdim=True), b.mean(-1, keepdim=True)
+        # About a rough mean, since single precision would lose a variance that is small against the mean's square.
+        a, b = a - middle[0], b - middle[1]
+        # Products in single precision, sums of them in double: the first are as good as free, the second long.
+        covariance, cross = covariance + (b @ b.mT).double(), cross + (b @ a.mT).double()
+        mean, float_mean = mean + b.sum(-1).double(), float_mean + a.sum(-1).double()
+        samples += a.shape[-1]
     assert middle is not None
     mean, float_mean = mean / samples, float_mean / samples
     return Moments(
@@ -81,6 +81,62 @@ def collect(
         float_mean + middle[0].squeeze(-1).double(),
         samples,
     )
+
+
+def outputs_of(rows: Tensor, moments: Moments) -> Outputs:
+    """From the moments of a layer's inputs; `rows` are its weights, shape (G, R, n), in double precision."""
+    deviation = ((rows @ moments.covariance) * rows).sum(-1).clamp_min(0).sqrt()
+    return Outputs((rows @ moments.float_mean[..., None]).flatten(), moments.mean, deviation.flatten())
+
+
+@torch.no_grad()
+def collect_outputs(
+    graph_module: fx.GraphModule,
+    unit: Unit,
+    layer: Layer,
+    float_inputs: Tensor,  # of the unit, shape: (N, ...)
+    quantized_inputs: Tensor,
+    batch_size: int,
+) -> Outputs:
+    """The same where a row has too many weights for the square matrix that `collect` makes."""
+    weight = attribute(graph_module, layer.weight)
+    rows = weight.reshape(layer.groups, layer.shape[0] // layer.groups, -1)
+    input_mean = wanted = mean = squares = torch.zeros((), dtype=torch.float64, device=weight.device)
+    samples = 0
+    middle: Tensor | None = None
+    for a, b in _pairs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size):
+        y = rows @ b
+        middle = y.mean(-1, keepdim=True) if middle is None else middle
+        y = y - middle  # about a rough mean, as in `collect`
+        input_mean, wanted = input_mean + b.sum(-1).double(), wanted + (rows @ a.sum(-1, keepdim=True)).flatten().double()
+        mean, squares = mean + y.sum(-1).double(), squares + y.square().sum(-1).double()
+        samples += a.shape[-1]
+    deviation = (squares / samples - (mean / samples).square()).clamp_min(0).sqrt()
+    return Outputs(wanted / samples, input_mean / samples, deviation.flatten())
+
+
+def _pairs(
+    graph_module: fx.GraphModule,
+    unit: Unit,
+    layer: Layer,
+    float_inputs: Tensor,
+    quantized_inputs: Tensor,
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Columns of a layer's float input and of its quantized one, each of shape (G, n, columns), some images at a time."""
+    operator = next(node for node in graph_module.graph.nodes if node.name == layer.node)
+    before = extract(graph_module, unit, input_of=layer.node)
+    device = attribute(graph_module, layer.weight).device
+    seen, row = 0, layer.parameters // layer.shape[0]
+    wanted = max(POSITIONS, -(-COLUMNS * row // len(float_inputs)))
+    for float_batch, quantized_batch in zip(float_inputs.split(batch_size), quantized_inputs.split(batch_size), strict=True):
+        with in_mode(before, Mode.FLOAT):
+            x = before(float_batch.to(device))
+        with in_mode(before, Mode.HARD):
+            quantized = before(quantized_batch.to(device))
+        for one, other in zip(_pieces(x, layer), _pieces(quantized, layer), strict=True):
+            yield columns(one, layer, operator, wanted, seen), columns(other, layer, operator, wanted, seen)
+            seen += len(one)
 
 
 def columns(x: Tensor, layer: Layer, operator: fx.Node, wanted: int | None = None, seen: int = 0) -> Tensor:

@@ -68,7 +68,7 @@ class ReconstructionSettings(BaseModel):
     correct_bias: bool = Field(
         True,
         description="Let each bias make up for what quantization does to the mean of its layer's output (DFQ, Sec. 4.2), "
-        "and learn the rest. Not for layers with more than 5000 weights per row.",
+        "and learn the rest.",
     )
     bias_learning_rate: float = Field(
         1e-3, ge=0, le=1, description="Adam step on biases, relative to the deviation of the layer's output, cosine decay."

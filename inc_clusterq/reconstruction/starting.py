@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.reconstruction.graph import Unit, attribute
-from inc_clusterq.reconstruction.moments import collect, has_columns
+from inc_clusterq.reconstruction.moments import collect, collect_outputs, has_columns, outputs_of
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.second_order import DISTRUSTFUL_PULL, PULL, best_rounding
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -41,20 +41,21 @@ def start_unit(
         quantizer = getattr(graph_module, layer.quantizer) if layer.quantizer else None
         if quantizer is None or quantizer in done or not has_columns(layer):
             continue
+        done.add(quantizer)
+        weight = attribute(graph_module, layer.weight)
         if layer.parameters // layer.shape[0] > MOST_WEIGHTS:
             logger.info("%s has more than %d weights per row; it begins at the nearest integers", layer.name, MOST_WEIGHTS)
-            continue
-        done.add(quantizer)
-        moments = collect(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
-        weight = attribute(graph_module, layer.weight)
-        rows = weight.double().reshape(layer.groups, -1, moments.mean.shape[-1])
-        if settings.start == "second_order":
-            integers, scale, levels = best_rounding(rows, moments, quantizer.bits, pull)
-            levels = integers + SOFTNESS * (levels - integers).clamp(-HALF, HALF)
-            quantizer.restart(levels.reshape(weight.shape).to(weight.dtype), scale.flatten().to(weight.dtype))
+            outputs = collect_outputs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
+        else:
+            moments = collect(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
+            rows = weight.double().reshape(layer.groups, -1, moments.mean.shape[-1])
+            if settings.start == "second_order":
+                integers, scale, levels = best_rounding(rows, moments, quantizer.bits, pull)
+                levels = integers + SOFTNESS * (levels - integers).clamp(-HALF, HALF)
+                quantizer.restart(levels.reshape(weight.shape).to(weight.dtype), scale.flatten().to(weight.dtype))
+            outputs = outputs_of(rows, moments)
         correction = quantized.correction(layer)
         if correction is not None and correction not in done:
             done.add(correction)
-            wanted = (rows @ moments.float_mean[..., None]).flatten()
-            deviation = ((rows @ moments.covariance) * rows).sum(-1).clamp_min(0).sqrt().flatten()
-            correction.start(quantizer.deployed(), *(tensor.to(weight.dtype) for tensor in (wanted, moments.mean, deviation)))
+            means = (outputs.wanted, outputs.input_mean, outputs.deviation)
+            correction.start(quantizer.deployed(), *(tensor.to(weight.dtype) for tensor in means))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 from inc_clusterq.reconstruction import moments
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.graph import Layer, attribute, extract, partition
-from inc_clusterq.reconstruction.moments import collect, columns
+from inc_clusterq.reconstruction.moments import collect, collect_outputs, columns, outputs_of
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
@@ -124,3 +125,22 @@ def test_moments_are_those_of_all_images_together(
     torch.testing.assert_close(found.float_mean[0], a.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.covariance[0], both[:n, :n], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.cross[0], both[:n, n:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["chain", "grouped"])
+@torch.no_grad()
+def test_what_a_bias_needs_is_the_same_without_a_square_matrix(quantized: Quantized, network: Network, name: str) -> None:
+    graph, x = quantized(name), network(name)[1]
+    initialise_activations(graph, x, len(x))
+    for unit in graph.units:
+        module = extract(graph.graph_module, unit)
+        with in_mode(module, Mode.FLOAT):
+            following = module(x)
+        for layer in unit.layers:
+            seen = (graph.graph_module, unit, layer, x, x * 0.9, 10)
+            moments = collect(*seen)
+            rows = attribute(graph.graph_module, layer.weight).double().reshape(layer.groups, -1, moments.mean.shape[-1])
+            expected, found = outputs_of(rows, moments), collect_outputs(*seen)
+            for one, other in zip(astuple(found), astuple(expected), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        x = following
