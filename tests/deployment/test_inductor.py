@@ -17,7 +17,7 @@ from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STRUCTURES = ["chain", "depthwise", "grouped", "squeeze_excite", "concat", "shuffle", "in_place", "tied", "pooled", "padded"]
-STRUCTURES += ["transposed", "worded", "signal", "averaged", "scaled", "beside"]
+STRUCTURES += ["transposed", "worded", "signal", "beside"]
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 Reconstructed = Callable[..., QuantizedGraph]
 
