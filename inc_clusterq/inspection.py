@@ -26,7 +26,7 @@ from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.report.figures import by_layer, clouds, first_of_each_class, gallery
 from inc_clusterq.report.page import embedded, render
 from inc_clusterq.synthesis.dataset import MANIFEST, SyntheticDataset, canonical, load_dataset
-from inc_clusterq.synthesis.quality import Looked, SetQuality, look, measure, project
+from inc_clusterq.synthesis.quality import Looked, SetQuality, look, measure, noise_distance, project
 from inc_clusterq.synthesis.teacher import teach
 
 FORMAT = 1
@@ -131,10 +131,11 @@ def inspect(
         ranges = [seen.range for seen in theirs.layers] if theirs else None
         ours = look(teacher, opened.inputs, opened.labels)
         stage.advance(1, "synthetic inputs")
+        noise = noise_distance(teacher, model.input)
         found = Inspection(
             output,
-            measure(ours, teacher, model.input, ranges),
-            measure(theirs, teacher, model.input, ranges) if theirs else None,
+            measure(ours, teacher, model.input, noise, ranges),
+            measure(theirs, teacher, model.input, noise, ranges) if theirs else None,
             real or "",
         )
         with filled_whole(output, REPORT) as folder:

@@ -7,7 +7,7 @@ those on a grid are taken, whose place goes from image to image through all that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import isqrt
 
@@ -22,6 +22,8 @@ from inc_clusterq.reconstruction.quantizers import in_mode
 VALUES_AT_ONCE = 2**24  # of the columns, so that memory stays bounded
 POSITIONS = 196  # of a map that are taken, about; more where the images are few:
 COLUMNS = 64  # about, for each weight of a row
+
+Pair = tuple[Tensor, Tensor]  # of the float network and of the quantized one
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,12 @@ def has_columns(layer: Layer) -> bool:
 
 
 @torch.no_grad()
-def collect(
-    graph_module: fx.GraphModule,
-    unit: Unit,
-    layer: Layer,
-    float_inputs: Tensor,  # of the unit, shape: (N, ...)
-    quantized_inputs: Tensor,
-    batch_size: int,
-) -> Moments:
-    """Moments of the inputs of one layer of `unit`; the quantized one passes the layers before it as they now are."""
-    device = attribute(graph_module, layer.weight).device  # the inputs may be mapped
-    covariance = cross = mean = float_mean = torch.zeros((), dtype=torch.float64, device=device)
+def collect(pairs: Iterable[Pair]) -> Moments:
+    """Moments of all inputs of a layer, from `input_pairs`."""
+    covariance = cross = mean = float_mean = torch.zeros((), dtype=torch.float64)
     samples = 0
-    middle: tuple[Tensor, Tensor] | None = None
-    for a, b in _pairs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size):
+    middle: Pair | None = None
+    for a, b in pairs:
         if middle is None:
             middle = a.mean(-1, keepdim=True), b.mean(-1, keepdim=True)
         # About a rough mean, since single precision would lose a variance that is small against the mean's square.
@@ -91,20 +85,14 @@ def outputs_of(rows: Tensor, moments: Moments) -> Outputs:
 
 @torch.no_grad()
 def collect_outputs(
-    graph_module: fx.GraphModule,
-    unit: Unit,
-    layer: Layer,
-    float_inputs: Tensor,  # of the unit, shape: (N, ...)
-    quantized_inputs: Tensor,
-    batch_size: int,
+    rows: Tensor,  # weights, shape: (G, R, n)
+    pairs: Iterable[Pair],
 ) -> Outputs:
-    """The same where a row has too many weights for the square matrix that `collect` makes."""
-    weight = attribute(graph_module, layer.weight)
-    rows = weight.reshape(layer.groups, layer.shape[0] // layer.groups, -1)
-    input_mean = wanted = mean = squares = torch.zeros((), dtype=torch.float64, device=weight.device)
+    """The same as `outputs_of` where a row has too many weights for the square matrix that `collect` makes."""
+    input_mean = wanted = mean = squares = torch.zeros((), dtype=torch.float64)
     samples = 0
     middle: Tensor | None = None
-    for a, b in _pairs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size):
+    for a, b in pairs:
         y = rows @ b
         middle = y.mean(-1, keepdim=True) if middle is None else middle
         y = y - middle  # about a rough mean, as in `collect`
@@ -115,18 +103,22 @@ def collect_outputs(
     return Outputs(wanted / samples, input_mean / samples, deviation.flatten())
 
 
-def _pairs(
+@torch.no_grad()
+def input_pairs(
     graph_module: fx.GraphModule,
     unit: Unit,
     layer: Layer,
-    float_inputs: Tensor,
+    float_inputs: Tensor,  # of the unit, shape: (N, ...)
     quantized_inputs: Tensor,
     batch_size: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Columns of a layer's float input and of its quantized one, each of shape (G, n, columns), some images at a time."""
+) -> Iterator[Pair]:
+    """Columns of the float and the quantized input of one layer of `unit`, each (G, n, columns), some images at a time.
+
+    The quantized input passes the layers before it as they now are.
+    """
     operator = next(node for node in graph_module.graph.nodes if node.name == layer.node)
     before = extract(graph_module, unit, input_of=layer.node)
-    device = attribute(graph_module, layer.weight).device
+    device = attribute(graph_module, layer.weight).device  # the inputs may be mapped
     seen, row = 0, layer.parameters // layer.shape[0]
     wanted = max(POSITIONS, -(-COLUMNS * row // len(float_inputs)))
     for float_batch, quantized_batch in zip(float_inputs.split(batch_size), quantized_inputs.split(batch_size), strict=True):

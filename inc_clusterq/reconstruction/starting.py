@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.reconstruction.graph import Unit, attribute
-from inc_clusterq.reconstruction.moments import collect, collect_outputs, has_columns, outputs_of
+from inc_clusterq.reconstruction.moments import collect, collect_outputs, has_columns, input_pairs, outputs_of
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.second_order import DISTRUSTFUL_PULL, PULL, best_rounding
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -42,20 +42,19 @@ def start_unit(
         if quantizer is None or quantizer in done or not has_columns(layer):
             continue
         done.add(quantizer)
-        weight = attribute(graph_module, layer.weight)
-        if layer.parameters // layer.shape[0] > MOST_WEIGHTS:
+        weight, correction = attribute(graph_module, layer.weight), quantized.correction(layer)
+        rows = weight.reshape(layer.groups, layer.shape[0] // layer.groups, -1)
+        pairs = input_pairs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
+        if rows.shape[-1] > MOST_WEIGHTS:
             logger.info("%s has more than %d weights per row; it begins at the nearest integers", layer.name, MOST_WEIGHTS)
-            outputs = collect_outputs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
         else:
-            moments = collect(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
-            rows = weight.double().reshape(layer.groups, -1, moments.mean.shape[-1])
+            moments = collect(pairs)
             if settings.start == "second_order":
-                integers, scale, levels = best_rounding(rows, moments, quantizer.bits, pull)
+                integers, scale, levels = best_rounding(rows.double(), moments, quantizer.bits, pull)
                 levels = integers + SOFTNESS * (levels - integers).clamp(-HALF, HALF)
                 quantizer.restart(levels.reshape(weight.shape).to(weight.dtype), scale.flatten().to(weight.dtype))
-            outputs = outputs_of(rows, moments)
-        correction = quantized.correction(layer)
         if correction is not None and correction not in done:
             done.add(correction)
+            outputs = collect_outputs(rows, pairs) if rows.shape[-1] > MOST_WEIGHTS else outputs_of(rows.double(), moments)
             means = (outputs.wanted, outputs.input_mean, outputs.deviation)
             correction.start(quantizer.deployed(), *(tensor.to(weight.dtype) for tensor in means))

@@ -58,6 +58,17 @@ def statistics(samples: Sequence[Moments], references: Sequence[Reference], kind
     ).mean()
 
 
+@torch.no_grad()
+def distance_of(
+    inputs: Tensor,  # shape: (N, *shape), normalised
+    teacher: Teacher,
+    most: int,  # that the network sees at once
+) -> float:
+    """How far a set of inputs as a whole is from the BatchNorm statistics, relative, mean over the layers."""
+    seen = [teacher.observe(part.to(teacher.device)).samples for part in inputs.split(most)]
+    return statistics([Moments.joined(layer) for layer in zip(*seen, strict=True)], teacher.references, "relative").item()
+
+
 def alignment(
     samples: Sequence[Moments],  # aligned layers, each (N, C)
     labels: Tensor,  # (N,)

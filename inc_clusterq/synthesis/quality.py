@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.synthesis.objective import distance
+from inc_clusterq.synthesis.objective import distance, distance_of
 from inc_clusterq.synthesis.refine import random_samples
 from inc_clusterq.synthesis.statistics import Moments, Reference, batch_moments, capture_inputs, sample_moments
 from inc_clusterq.synthesis.teacher import Teacher, teach
@@ -127,18 +127,20 @@ def look(teacher: Teacher, inputs: Tensor, labels: Tensor) -> Looked:
     return Looked(inputs, labels, tuple(map(_joined, layers)), torch.cat(predicted) if predicted else None)
 
 
-def measure(looked: Looked, teacher: Teacher, spec: InputSpec, real: Sequence[Range] | None = None) -> SetQuality:
-    """All measures of a set; `real` holds the ranges of real inputs, layer by layer."""
+def noise_distance(teacher: Teacher, spec: InputSpec) -> float:
+    """How far noise around the middle of the value range is from the BatchNorm statistics."""
+    return distance_of(random_samples(spec, NOISE, torch.Generator().manual_seed(0)), teacher, BATCH)
+
+
+def measure(looked: Looked, teacher: Teacher, spec: InputSpec, noise: float, real: Sequence[Range] | None = None) -> SetQuality:
+    """All measures of a set; `noise` is `noise_distance`, and `real` holds the ranges of real inputs, layer by layer."""
     classes = None if int(looked.labels.min()) < 0 else looked.labels
     ranges: Sequence[Range | None] = real or [None] * len(looked.layers)
     pairs = zip(looked.layers, layer_names(teacher), teacher.references, ranges, strict=True)
-    noise = random_samples(spec, NOISE, torch.Generator().manual_seed(0))
-    noisy = look(teacher, noise, torch.full((NOISE,), -1)).layers
-    apart = [_statistics_distance(seen, its) for seen, its in zip(noisy, teacher.references, strict=True)]
     return SetQuality(
         len(looked.inputs),
         None if looked.predicted is None else float((looked.predicted == looked.labels).double().mean()),
-        sum(apart) / len(apart),
+        noise,
         nearest_distance(looked.inputs, spec),
         tuple(_layer(*pair, classes) for pair in pairs),
     )
@@ -147,18 +149,19 @@ def measure(looked: Looked, teacher: Teacher, spec: InputSpec, real: Sequence[Ra
 def measure_set(module: nn.Module, spec: InputSpec, num_classes: int, inputs: Tensor, labels: Tensor) -> SetQuality:
     """All measures of a set that need no real input."""
     with teach(module, spec, num_classes=num_classes, first_aligned_layer=None) as teacher:
-        return measure(look(teacher, inputs, labels), teacher, spec)
+        return measure(look(teacher, inputs, labels), teacher, spec, noise_distance(teacher, spec))
 
 
 def _layer(seen: Seen, name: str, reference: Reference, real: Range | None, classes: Tensor | None) -> LayerQuality:
     middle, variance = (moment.to(seen.samples.mean) for moment in (reference.moments.mean, reference.moments.variance))
     deviation = (variance + reference.eps).sqrt()
+    running = Reference(Moments(middle, variance), reference.eps)
     coverage, excess = cover(seen.range, Range(middle - IMPLIED * deviation, middle + IMPLIED * deviation))
     real_coverage, real_excess = cover(seen.range, real) if real else (None, None)
     features = (seen.samples.mean - middle) / deviation
     return LayerQuality(
         name,
-        _statistics_distance(seen, reference),
+        float(distance(batch_moments(seen.samples), running.moments, running, "relative")),
         coverage,
         excess,
         real_coverage,
@@ -167,11 +170,6 @@ def _layer(seen: Seen, name: str, reference: Reference, real: Range | None, clas
         variation(seen.samples),
         diversity(features),
     )
-
-
-def _statistics_distance(seen: Seen, reference: Reference) -> float:
-    running = Moments(*(moment.to(seen.samples.mean) for moment in (reference.moments.mean, reference.moments.variance)))
-    return float(distance(batch_moments(seen.samples), running, Reference(running, reference.eps), "relative"))
 
 
 def cover(found: Range, wanted: Range) -> tuple[float, float]:

@@ -15,10 +15,9 @@ from torch import Tensor
 from inc_clusterq.errors import ConfigError
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis.leaves import dead_leaves
-from inc_clusterq.synthesis.objective import statistics
+from inc_clusterq.synthesis.objective import distance_of
 from inc_clusterq.synthesis.refine import from_unit, random_samples
 from inc_clusterq.synthesis.settings import ClusterQSettings
-from inc_clusterq.synthesis.statistics import Moments
 from inc_clusterq.synthesis.teacher import Teacher
 
 PROBES = 32  # images of each kind
@@ -48,17 +47,10 @@ def knows_leaves(teacher: Teacher, spec: InputSpec, most: int) -> bool:
     The network sees at most `most` images at once.
     """
     rng = torch.Generator().manual_seed(0)
-    leaves = _distance(leaf_samples(spec, rng)(slice(0, PROBES)), teacher, most)
-    return leaves <= NEARER * _distance(random_samples(spec, PROBES, rng), teacher, most)
+    leaves = distance_of(leaf_samples(spec, rng)(slice(0, PROBES)), teacher, most)
+    return leaves <= NEARER * distance_of(random_samples(spec, PROBES, rng), teacher, most)
 
 
 def leaf_samples(spec: InputSpec, rng: torch.Generator) -> Callable[[slice], Tensor]:
     """Dead leaves, normalised, some rows at a time."""
     return lambda rows: from_unit(dead_leaves(spec.shape, rows.stop - rows.start, rng), spec)
-
-
-@torch.no_grad()
-def _distance(x: Tensor, teacher: Teacher, most: int) -> float:
-    seen = [teacher.observe(part.to(teacher.device)).samples for part in x.split(most)]
-    samples = [Moments.joined(layer) for layer in zip(*seen, strict=True)]
-    return statistics(samples, teacher.references, "relative").item()

@@ -229,10 +229,10 @@ def test_units_are_counted_and_names_are_checked_before_anything_is_calibrated(n
     assert str(exported.graph) == before
 
 
-def test_an_export_that_fails_without_a_word_is_told_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_without_a_word_is_told_by_its_kind() -> None:
     class Silent(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            raise NotImplementedError
+            raise ArithmeticError
 
-    with pytest.raises(ModelError, match="net cannot be exported"):
+    with pytest.raises(ModelError, match=r"^net cannot be exported: ArithmeticError$"):
         NeuralCompressorAdaptor().export(FloatModel("net", Silent(), InputSpec((3, 8, 8)), 5, ""))

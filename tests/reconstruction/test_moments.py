@@ -11,7 +11,7 @@ from torch.nn import functional
 from inc_clusterq.reconstruction import moments
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.graph import Layer, attribute, extract, partition
-from inc_clusterq.reconstruction.moments import collect, collect_outputs, columns, outputs_of
+from inc_clusterq.reconstruction.moments import collect, collect_outputs, columns, input_pairs, outputs_of
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
@@ -82,7 +82,7 @@ def test_few_images_give_all_their_positions(quantized: Quantized, network: Netw
     stem = graph.units[0]
     positions = inputs.shape[2] * inputs.shape[3]
     assert positions <= moments.POSITIONS
-    assert collect(graph.graph_module, stem, stem.layers[0], inputs, inputs, 8).samples == len(inputs) * positions
+    assert collect(input_pairs(graph.graph_module, stem, stem.layers[0], inputs, inputs, 8)).samples == len(inputs) * positions
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_positions_are_left_out_where_the_columns_are_more_than_enough(
     row = stem.layers[0].parameters // stem.layers[0].shape[0]
     monkeypatch.setattr(moments, "POSITIONS", 1)
     monkeypatch.setattr(moments, "COLUMNS", 2)
-    fewer = collect(graph.graph_module, stem, stem.layers[0], inputs, inputs, 8).samples
+    fewer = collect(input_pairs(graph.graph_module, stem, stem.layers[0], inputs, inputs, 8)).samples
     assert 2 * row <= fewer < len(inputs) * inputs.shape[2] * inputs.shape[3]
 
 
@@ -116,7 +116,7 @@ def test_moments_are_those_of_all_images_together(
     with in_mode(graph.graph_module, Mode.HARD):
         quantized_x = extract(graph.graph_module, stem)(inputs)
         expected = functional.unfold(extract(graph.graph_module, unit, input_of=layer.node)(quantized_x), 3, padding=1)
-    found = collect(graph.graph_module, unit, layer, x, quantized_x, batch_size=5)
+    found = collect(input_pairs(graph.graph_module, unit, layer, x, quantized_x, batch_size=5))
     a, b = (tensor.double().transpose(0, 1).flatten(1) for tensor in (expected_x, expected))
     both = torch.cov(torch.cat([b, a]), correction=0)
     n = len(a)
@@ -138,9 +138,9 @@ def test_what_a_bias_needs_is_the_same_without_a_square_matrix(quantized: Quanti
             following = module(x)
         for layer in unit.layers:
             seen = (graph.graph_module, unit, layer, x, x * 0.9, 10)
-            moments = collect(*seen)
-            rows = attribute(graph.graph_module, layer.weight).double().reshape(layer.groups, -1, moments.mean.shape[-1])
-            expected, found = outputs_of(rows, moments), collect_outputs(*seen)
+            moments = collect(input_pairs(*seen))
+            rows = attribute(graph.graph_module, layer.weight).reshape(layer.groups, -1, moments.mean.shape[-1])
+            expected, found = outputs_of(rows.double(), moments), collect_outputs(rows, input_pairs(*seen))
             for one, other in zip(astuple(found), astuple(expected), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         x = following

@@ -101,7 +101,7 @@ def quality(net: nn.Module, inputs: Tensor, labels: Tensor, real: Tensor | None 
     spec = InputSpec(tuple(inputs.shape[1:]))
     with teach(net, spec, num_classes=4, first_aligned_layer=None) as teacher:
         ranges = [layer.range for layer in look(teacher, real, labels).layers] if real is not None else None
-        return measure(look(teacher, inputs, labels), teacher, spec, ranges).layers
+        return measure(look(teacher, inputs, labels), teacher, spec, 1.0, ranges).layers
 
 
 def test_moments_and_ranges_are_those_of_hooks_set_by_hand(trained: nn.Sequential, real: tuple[Tensor, Tensor]) -> None:
@@ -161,9 +161,10 @@ def test_the_whole_set_is_summed_up_in_one_sentence(trained: nn.Module, real: tu
 
 
 def test_a_set_that_is_no_nearer_than_noise_is_told(trained: nn.Module, spec: InputSpec) -> None:
-    noise = random_samples(spec, 64, torch.Generator().manual_seed(0))
-    found = measure_set(trained, spec, 4, noise, torch.zeros(64).long())
+    noise, labels = random_samples(spec, 64, torch.Generator().manual_seed(0)), torch.zeros(64).long()
+    found = measure_set(trained, spec, 4, noise, labels)
     assert found.mean("statistics_distance") == pytest.approx(found.noise_distance)
-    assert found.sentence().endswith(
+    told = measure_set(trained, spec, 4, torch.zeros_like(noise), labels).sentence()
+    assert told.endswith(
         "It is no nearer to them than noise: check range, mean and std of model.input, and that gradients reach the input."
     )
