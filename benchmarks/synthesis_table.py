@@ -1,4 +1,4 @@
-"""The tables of sources of calibration images, as `tables.py` writes them into docs/synthesis.md from recorded figures."""
+"""The tables of sources of calibration images, as `tables.py` writes them into docs/sources.md from recorded figures."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Write the tables of the docs and the README from the figures that the other scripts here have recorded.
 
-python benchmarks/tables.py            rewrite docs/accuracy.md, deployment.md, reconstruction.md, synthesis.md and README.md
+python benchmarks/tables.py            rewrite docs/accuracy.md, deployment.md, methods.md, sources.md and README.md
 python benchmarks/tables.py --check    exit with status 1 if it is not what the figures say
 """
 
@@ -40,8 +40,8 @@ def main() -> None:
     pages = (
         (ROOT / "docs" / "accuracy.md", _sections(records)),
         (ROOT / "docs" / "deployment.md", _deployment(deployed)),
-        (ROOT / "docs" / "reconstruction.md", _reconstruction()),
-        (ROOT / "docs" / "synthesis.md", synthesis_table.sections(*map(_records, ("synthesis", "presets", "teacher")))),
+        (ROOT / "docs" / "methods.md", _reconstruction()),
+        (ROOT / "docs" / "sources.md", synthesis_table.sections(*map(_records, ("synthesis", "presets", "teacher")))),
         (ROOT / "README.md", _summary(records)),
     )
     stale = False

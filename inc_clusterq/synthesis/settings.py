@@ -35,7 +35,7 @@ class ClusterQSettings(BaseModel):
         description="`clusterq`: what `start` names is optimised itself, as what one generator painted for the whole set. "
         "`latent`: each batch has a small generator of its own, optimised together with the batch's latents (after Genie-D, "
         "CVPR 2023); `iterations`, the warm-up, `batch_size`, `refine_learning_rate` and `coarse_share` then play no part. Our "
-        "choice; docs/synthesis.md compares both.",
+        "choice; docs/sources.md compares both.",
     )
 
     start: Start | None = Field(
@@ -44,7 +44,7 @@ class ClusterQSettings(BaseModel):
         "random shapes that cover each other (dead leaves), which have the edges and the spectrum of photographs, and no "
         "generator is trained. Null: `leaves` for images (C, H, W) where the network finds unrefined leaves at most half as "
         "far from its BatchNorm statistics as noise, as do networks trained on photographs; else `generator`. By trial; "
-        "docs/synthesis.md compares both.",
+        "docs/sources.md compares both.",
     )
     iterations: int = Field(
         default=150,
