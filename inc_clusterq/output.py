@@ -1,4 +1,4 @@
-"""The output folder: refused before any work where it cannot be used, and filled in one step when the result is whole."""
+"""What is written appears when it is whole: the output folder, refused before any work where it cannot be used, and files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from inc_clusterq.errors import OutputError
 
@@ -81,6 +82,16 @@ def _put(hidden: Path, place: Path) -> None:
         except OSError:
             old.rename(place)
             raise
+
+
+def replace_file(file: Path, content: bytes, beside: Path | None = None) -> None:
+    """Write a file that is whole whenever it is seen; what is not whole lies in `beside`, by default in its own folder."""
+    partial = (beside or file.parent) / f".{file.name}.{uuid4().hex[:8]}.partial"
+    try:
+        partial.write_bytes(content)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def is_of(error: OSError, folder: Path) -> bool:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from inc_clusterq.errors import OutputError
-from inc_clusterq.output import RESULT, check_output, filled_whole
+from inc_clusterq.output import RESULT, check_output, filled_whole, replace_file
 
 
 def fill(folder: Path, text: str = "{}") -> None:
@@ -177,3 +178,21 @@ def test_only_errors_of_its_own_files_are_blamed_on_the_output(tmp_path: Path) -
     with pytest.raises(OutputError, match="No space left"), filled_whole(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_in_one_step_and_stays_where_that_fails(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    replace_file(file, b"first")
+    file.chmod(0o400)  # which a rename does not ask for
+    replace_file(file, b"second")
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask()
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        replace_file(tmp_path / "folder", b"third")
+    assert contents(tmp_path) == {"file": "second"}
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from inc_clusterq.deployment.backend import DEQUANTIZE_WEIGHT
 from inc_clusterq.deployment.qdq import forget_sources
 from inc_clusterq.deployment.saved import PROGRAM, as_module, open_result
 from inc_clusterq.errors import OutputError, ResultError
+from inc_clusterq.output import replace_file
 
 PACKED = "packed.safetensors"
 FORMAT = 1
@@ -138,7 +138,10 @@ def pack(result: Path, *, overwrite: bool = False) -> Packed:
     tensors[PROGRAM_KEY] = _without_weights(saved.program)
     manifest = {"format": FORMAT, "tensors": entries, "sha256": _checksum(tensors)}
     data = save(tensors, metadata={"manifest": json.dumps(manifest)})
-    _write_whole(file, data)
+    try:
+        replace_file(file, data)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
     counts: Counter[int] = Counter()
     for name, width in bits.items():
         counts[width] += saved.program.state_dict[name].numel()
@@ -204,14 +207,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    """Under a name of its own first, so that the file appears whole or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
-            partial = Path(folder) / file.name
-            partial.write_bytes(data)
-            partial.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error

@@ -12,17 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from inc_clusterq.output import replace_file
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from inc_clusterq.reconstruction.graph import Unit, attribute
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, Simulated
@@ -161,13 +160,7 @@ def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[
 
 def _write(file: Path, state: dict[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".partial")
-    os.close(handle)
-    try:
-        save_file(state, temporary, {CHECKSUM: _checksum(state)})
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    replace_file(file, save(state, {CHECKSUM: _checksum(state)}))
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from inc_clusterq.output import replace_file
 from inc_clusterq.resuming import SAVE_SECONDS, State
 
 Shard = tuple[Tensor, Tensor]  # inputs (n, *shape), labels (n,)
@@ -117,13 +117,6 @@ def open_shard(file: Path) -> Shard:
     """Inputs and labels of a shard, memory-mapped; SafetensorError where it is no such file."""
     with safe_open(file, "pt") as opened:
         return opened.get_tensor("inputs"), opened.get_tensor("labels")
-
-
-def replace_file(file: Path, content: bytes, beside: Path | None = None) -> None:
-    """Write a file that is whole whenever it is seen; what is not whole lies in `beside`, by default in its own folder."""
-    partial = (beside or file.parent) / f".{file.name}.{os.getpid()}"
-    partial.write_bytes(content)
-    os.replace(partial, file)
 
 
 def sha256(content: bytes) -> str:

@@ -55,8 +55,8 @@ class ClusterQSettings(BaseModel):
     warmup_iterations: int = Field(
         default=100,
         ge=0,
-        description="Generator steps before the class centroids start and the alignment term joins. Our choice: "
-        "by then most generated samples are of their class.",
+        description="Generator steps before the class centroids start and the alignment term joins; with no fewer than "
+        "`iterations` it joins in the refinement. Our choice: by then most generated samples are of their class.",
     )
     batch_size: int = Field(
         default=64,

@@ -314,7 +314,7 @@ def test_half_a_shard_of_a_killed_process_does_not_get_into_the_set(tmp_path: Pa
         raise KeyboardInterrupt
 
     draft = FolderDraft(tmp_path / "draft")
-    monkeypatch.setattr("inc_clusterq.synthesis.draft.os.replace", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         draft.add(torch.zeros(2, 3), torch.zeros(2).long(), "batches", {})
     assert list(draft.set.iterdir()) == []
