@@ -7,8 +7,9 @@ key "static_quant", it loads on a machine that has the host alone.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -37,11 +38,13 @@ from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan, LayerBits
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.granularity import explicit_units
-from inc_clusterq.reconstruction.graph import is_observer
+from inc_clusterq.reconstruction.graph import Unit, is_observer, partition
 from inc_clusterq.reconstruction.mixing import without_data
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
-from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
+from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+logger = logging.getLogger(__name__)
 
 SAVED_AS = "static_quant"  # the host's loader chooses by this key
 CALIBRATION = "inc_clusterq.calibration"  # key of what a prepared graph remembers, in `meta`: attributes are lost in copies
@@ -160,6 +163,7 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
             "no calibration image has passed through the prepared model; give run_fn, for example loader.calibrate"
         )
     inputs = torch.cat(calibration.batches)
+    calibration.batches.clear()  # as large as `inputs`
     if not bool(inputs.isfinite().all()):
         number = int((~inputs.isfinite().flatten(1).all(1)).nonzero()[0])
         raise ModelError(f"calibration image {number}, counted from 0, holds values that are not finite")
@@ -167,7 +171,8 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     if config.fallback_units:
         ranking = settings.model_copy(update={"end_to_end_iterations": 0})  # behind the units, which are shared
         reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, ranking, config, calibration)[1]
-        plan = _with_fallback(plan, reconstruction, config.fallback_units, min(FULL_BITS, settings.weight_ceiling))
+        most = min(FULL_BITS, settings.weight_ceiling)
+        plan = _with_fallback(plan, reconstruction, config.fallback_units, most, _quantizable(partition(prepared)))
     converted, reconstruction = _reconstruct(prepared, inputs, plan, settings, config, calibration)
     converted.dynamic_shapes = calibration.dynamic_shapes
     converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
@@ -186,13 +191,12 @@ def _reconstruct(
 ) -> tuple[fx.GraphModule, Reconstruction]:
     if all(calibration.synthetic):
         settings = without_data(settings, inputs.shape[1:], plan.activation)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
     quantized = _installed(prepared, plan, settings)
     _assert_unchanged(prepared, calibration)
     _assert_any_batch(prepared, calibration.example)
-    prepared.to(device)
+    device = _moved(prepared, calibration.example)
     store = UnitStore(Path(config.workspace) if config.workspace else None)
     reconstruction = reconstruct(
         quantized, inputs.to(device), settings, seed=config.seed, store=store, progress=_progress.get()
@@ -203,15 +207,30 @@ def _reconstruct(
     return converted, reconstruction
 
 
+@torch.no_grad()
+def _moved(prepared: fx.GraphModule, example: Tensor) -> torch.device:
+    """Move a graph to where it is computed: to the GPU where there is one and it runs there."""
+    if torch.cuda.is_available():
+        try:
+            prepared.to("cuda")(example.to("cuda"))
+        except RuntimeError as error:  # such as a tensor that `forward` makes on the CPU, whatever its input is on
+            logger.warning("The model does not run on the GPU (%s); it is reconstructed on the CPU", error)
+        else:
+            return torch.device("cuda")
+    prepared.to("cpu")
+    return torch.device("cpu")
+
+
 def count_units(exported: nn.Module, config: MRECGConfig) -> int:
-    """Units that an exported model is cut into, before any are joined.
+    """Most units that are reconstructed: those of its granularity, before pairs of them are joined.
 
     Raises:
         ModelError: `config` names layers that the model does not have, or units that it cannot have.
     """
     prepared = _prepare(exported)
     prepared.meta.pop(CALIBRATION).hook.remove()
-    return len(_installed(prepared, config.bit_plan(), config.reconstruction_settings()).units)
+    settings = config.reconstruction_settings()
+    return len(base_units(_installed(prepared, config.bit_plan(), settings), settings))
 
 
 def _installed(prepared: fx.GraphModule, plan: BitPlan, settings: ReconstructionSettings) -> QuantizedGraph:
@@ -247,8 +266,13 @@ def _assert_any_batch(prepared: nn.Module, example: Tensor) -> None:
         ) from error
 
 
-def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int, most: int) -> BitPlan:
+def _quantizable(units: Sequence[Unit]) -> set[str]:
+    """Names of the layers that the host gives a quantizer."""
+    return {layer.name for unit in units for layer in unit.layers if layer.quantizer}
+
+
+def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int, most: int, quantizable: set[str]) -> BitPlan:
     candidates = [unit for unit in reconstruction.units if unit.lowest_bits < most]
     worst = sorted(candidates, key=lambda unit: -unit.relative_loss)[:units]
-    raised = {name: LayerBits(FULL_BITS, FULL_BITS) for unit in worst for name in unit.layers}
+    raised = {name: LayerBits(FULL_BITS, FULL_BITS) for unit in worst for name in unit.layers if name in quantizable}
     return replace(plan, layers={**plan.layers, **raised})

@@ -92,12 +92,14 @@ def parse(
     known: Sequence[str] = (),
     synthetic: str = "",
     continues: bool = False,
+    has_preset: bool = True,
 ) -> Options:
     """Read the command line; exits with status 2 and a sentence where it is wrong.
 
     A script that compares sources of images, methods or presets names the default ones in `compared`, what one is called in
     `word` and all of them in `known`; one without `widths` quantizes nothing. One that takes synthetic images in place of real
     ones on demand says so in `synthetic`; one that `continues` a record takes `--continue`.
+    One that compares presets, or whose effort is its own, has none (`has_preset`).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("INCQ_DATA"), help="data folder (or INCQ_DATA)")
@@ -106,7 +108,7 @@ def parse(
         parser.add_argument("--widths", default=widths, help=f"bit-widths such as W4A8 (default {widths})")
     parser.add_argument("--seeds", default=seeds, help=f"seeds (default {seeds})")
     parser.add_argument("--limit", type=int, help="test images at most (default: all)")
-    if word != "preset":
+    if has_preset:
         parser.add_argument("--preset", choices=("fast", "balanced", "best"), default="balanced", help="default balanced")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--workspace", type=Path, help="folder that keeps synthetic sets, so that another run finds them")

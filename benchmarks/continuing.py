@@ -35,6 +35,8 @@ class Earlier:
         for condition, value in now.items():
             if (before := self._record.get(condition)) != value:
                 sys.exit(f"{options.json} can't be continued: its {condition} is {before}, and now it is {value}")
+        if ("--synthetic" in self._record["command"]) != options.synthetic:
+            sys.exit(f"{options.json} can't be continued: its images are real and now they are not, or the other way round")
         both = zip(self._record["seeds"], options.seeds, strict=False)
         self._seeds = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
 

@@ -67,7 +67,10 @@ save_file({"logits": torch.cat([model(image) for image in inputs.split(1)])}, sy
 
 def main() -> None:
     """Run every network and width."""
-    options = common.parse(__doc__, ",".join((*RANDOM, "mcunet_320kb", "mobilenet_v1_025", "resnet20")), "W8A8,W4A4", "0")
+    nets = ",".join((*RANDOM, "mcunet_320kb", "mobilenet_v1_025", "resnet20"))
+    options = common.parse(__doc__, nets, "W8A8,W4A4", seeds="0", has_preset=False)
+    if len(options.seeds) > 1:
+        sys.exit(f"--seeds names {len(options.seeds)}; one is enough here, where nothing is averaged over seeds")
     console = Console(width=150)
     common.print_head(f"Deployment, {torch.get_num_threads()} thread(s), {cpu()}", options, console)
     figures: dict[str, Any] = {}
@@ -76,20 +79,24 @@ def main() -> None:
         for weight, activation in options.widths:
             title = f"{net} W{weight}A{activation}"
             with tempfile.TemporaryDirectory() as folder:
-                figures[title] = _measure(model, calibration, inputs, labels, (weight, activation), Path(folder))
+                figures[title] = _measure(
+                    model, calibration, inputs, labels, (weight, activation), options.seeds[0], Path(folder)
+                )
             common.print_table(title, HEADINGS, rows(figures[title]), console)
             common.write_json(options, {"threads": torch.get_num_threads(), "cpu": str(cpu()), "models": figures})
 
 
 def _subject(options: common.Options, net: str) -> tuple[FloatModel, Tensor, Tensor, Tensor | None]:
-    """The model, calibration images, inputs for the parity, and their labels."""
+    """The model, calibration images (noise where there are no training images), inputs for the parity, and their labels."""
+    generator = torch.Generator().manual_seed(options.seeds[0])
     if net not in RANDOM:
         subject = common.subject(options, net)
-        training = subject.training if subject.training is not None else subject.test_inputs
-        return subject.model, training[:CALIBRATION], subject.test_inputs[:PARITY_INPUTS], subject.test_labels[:PARITY_INPUTS]
+        calibration = torch.randn(CALIBRATION, *subject.model.input.shape, generator=generator)
+        if subject.training is not None:
+            calibration = subject.training[:CALIBRATION]
+        return subject.model, calibration, subject.test_inputs[:PARITY_INPUTS], subject.test_labels[:PARITY_INPUTS]
     import torchvision
 
-    generator = torch.Generator().manual_seed(options.seeds[0])
     torch.manual_seed(options.seeds[0])
     module = torchvision.models.get_model(net, weights=None)
     with torch.no_grad():
@@ -104,12 +111,18 @@ def _subject(options: common.Options, net: str) -> tuple[FloatModel, Tensor, Ten
 
 
 def _measure(
-    model: FloatModel, calibration: Tensor, inputs: Tensor, labels: Tensor | None, width: tuple[int, int], folder: Path
+    model: FloatModel,
+    calibration: Tensor,
+    inputs: Tensor,
+    labels: Tensor | None,
+    width: tuple[int, int],
+    seed: int,
+    folder: Path,
 ) -> dict[str, Any]:
     adaptor = NeuralCompressorAdaptor()
     exported = adaptor.export(model)
     settings = ReconstructionSettings.model_validate({"granularity": "modcap", "iterations": ITERATIONS, "batch_size": 8})
-    request = TuningRequest(*width, settings, max_trials=1)
+    request = TuningRequest(*width, settings, max_trials=1, seed=seed)
     batches = calibration.split(8)
     outcome = adaptor.tune(exported, batches, [Trial("modcap", settings)], request, lambda module: 1.0, workspace=None)
     static = adaptor.quantize_static(exported, batches)

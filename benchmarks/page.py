@@ -32,7 +32,8 @@ def unfinished(record: dict[str, Any]) -> list[str]:
     def below(value: Any, path: tuple[str, ...]) -> list[str]:
         if isinstance(value, dict):
             return [found for key, inner in value.items() if key != "seeds" for found in below(inner, (*path, str(key)))]
-        return [" / ".join(path)] if isinstance(value, list) and len(value) not in (0, seeds) else []
+        figures = isinstance(value, list) and not any(isinstance(entry, str) for entry in value)
+        return [" / ".join(path)] if figures and len(value) not in (0, seeds) else []
 
     return below(record, ())
 

@@ -27,6 +27,7 @@ def main() -> None:
         compared=DEFAULT,
         word="preset",
         known=tuple(ClusterQSettings.PRESETS),
+        has_preset=False,
     )
     console = Console(width=100)
     common.print_head(f"Synthesis of {options.images} images", options, console)

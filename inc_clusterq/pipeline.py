@@ -76,11 +76,12 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
     with _timed(seconds, "static baseline"):
         static = adaptor.quantize_static(exported, _noise(batches, request.seed))
         scores = {FLOAT: outcome.float_score, STATIC: judge.score(static), OURS: outcome.best.score}
-    with filled_whole(config.output) as folder, _timed(seconds, "deployment"), progress.stage("Deploying", 5) as stage:
-        adaptor.save(outcome.model, calibration[:2], folder)
-        sizes = {FLOAT: _float_size(exported), STATIC: _saved_size(adaptor, static, calibration[:2]), OURS: _size(folder)}
-        models = {FLOAT: model.module, STATIC: static, OURS: adaptor.load(folder)}
-        parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
+    with filled_whole(config.output) as folder:
+        with _timed(seconds, "deployment"), progress.stage("Deploying", 5) as stage:
+            adaptor.save(outcome.model, calibration[:2], folder)
+            sizes = {FLOAT: _float_size(exported), STATIC: _saved_size(adaptor, static, calibration[:2]), OURS: _size(folder)}
+            models = {FLOAT: model.module, STATIC: static, OURS: adaptor.load(folder)}
+            parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
         if strict:
             require_int8(operators, "inductor")
         result = Result(
@@ -95,7 +96,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             environment=environment(adaptor.versions()),
             seconds=seconds,
             operators=tuple(operators),
-            folder=os.path.relpath(config.model.folder, config.output),
+            folder=os.path.relpath(config.model.folder.resolve(), config.output.resolve()),
             synthetic=quality,
         )
         from inc_clusterq.report.losses import loss_figure  # heavy: only once there is something to draw

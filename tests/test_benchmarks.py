@@ -299,6 +299,8 @@ def test_a_record_that_was_cut_off_has_figures_that_not_every_seed_has(root: Pat
     }
     whole = {"seeds": [0, 1], "environment": {"torch": "2"}, "synthesis": {"net": {"float": 91.5, "noise": entry}}}
     assert page.unfinished(whole) == []
+    entry["in_float"] = ["one: not fused", "other: not fused", "third: not fused"]  # names, and not of seeds
+    assert page.unfinished(whole) == []
     entry["top1"]["W2A4"].append(80.0)
     assert page.unfinished(whole) == ["synthesis / net / noise / top1 / W2A4"]
 

@@ -13,3 +13,4 @@ import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
+STORED_MAX = 255  # top of uint8, which every activation is stored in

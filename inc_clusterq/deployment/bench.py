@@ -173,6 +173,11 @@ def compared(
 def _config(saved: SavedModel) -> Config:
     """The job that made the result, its files found relative to where the result lies."""
     folder = (saved.folder / str(saved.report.get("folder", "."))).resolve()
+    if folder.is_relative_to(saved.folder.resolve()):
+        raise ResultError(
+            f"result {saved.folder} names {folder} as the folder of the model's code, which lies in the result itself, and "
+            "none of its own code is run: name the job's YAML with --config"
+        )
     try:
         return Config.model_validate(dict(saved.report["config"]), context={"folder": folder})
     except (KeyError, ValidationError) as error:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inc_clusterq.deployment.backend import QUANTIZE
+from inc_clusterq.deployment.backend import QUANTIZE, STORED_MAX
 
 aten = torch.ops.aten
 MULTIPLIES = {aten.conv2d.default, aten.conv3d.default, aten.linear.default}  # the kernel over one axis takes ReLU alone
@@ -30,11 +30,14 @@ HARDTANHS = {aten.hardtanh.default}
 
 
 def fuse_clamps(graph_module: fx.GraphModule) -> int:
-    """Rewrite the clamps in front of quantize nodes; returns how many of them take a pass of their own, over integers."""
+    """Rewrite the clamps in front of quantize nodes; returns how many of them take a pass of their own, over integers.
+
+    A clamp of the user's with one limit, or with limits that the quantization does not have, is left as it is.
+    """
     left = 0
     for clamp in [node for node in graph_module.graph.nodes if node.target is aten.clamp.default]:
         quantize = next(iter(clamp.users))
-        if len(clamp.users) != 1 or quantize.target is not QUANTIZE:
+        if len(clamp.users) != 1 or quantize.target is not QUANTIZE or not all(_is_number(limit) for limit in limits_of(clamp)):
             continue
         if not _into_hardtanh(graph_module.graph, clamp):
             left += _onto_integers(graph_module.graph, clamp, quantize)
@@ -61,12 +64,22 @@ def clamp_before_quantize(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
+def limits_of(clamp: fx.Node) -> tuple[Any, Any]:
+    """Lower and upper limit of a clamp; None where it has none."""
+    low, high = (*clamp.args[1:], None, None)[:2]
+    return clamp.kwargs.get("min", low), clamp.kwargs.get("max", high)
+
+
+def _is_number(limit: Any) -> bool:
+    return isinstance(limit, (int, float))
+
+
 def _onto_integers(graph: fx.Graph, clamp: fx.Node, quantize: fx.Node) -> bool:
-    limits: Any = clamp.args[1:]
+    limits: Any = limits_of(clamp)
     quantization: Any = quantize.args[1:]
     scale, zero_point, *_ = quantization
     bottom, top = (round(limit / scale) + zero_point for limit in limits)
-    if bottom != 0:
+    if bottom != 0 or top > STORED_MAX or limits != ((bottom - zero_point) * scale, (top - zero_point) * scale):
         return False
     quantize.args = (clamp.args[0], *quantization)
     users = list(quantize.users)
@@ -79,16 +92,16 @@ def _onto_integers(graph: fx.Graph, clamp: fx.Node, quantize: fx.Node) -> bool:
 
 
 def _into_hardtanh(graph: fx.Graph, clamp: fx.Node) -> bool:
-    x, low, high = clamp.args
+    x, (low, high) = clamp.args[0], limits_of(clamp)
     assert isinstance(x, fx.Node)
     limits = _limits(x)
     if limits is not None:
         if len(x.users) != 1 or not isinstance(x.args[0], fx.Node):
             return False
         # max(a, low) and min(b, high) commute only while the intervals overlap; here both hold 0.
-        low, high = max(low, limits[0]), min(high, limits[1])  # type: ignore[type-var]
+        low, high = max(low, limits[0]), min(high, limits[1])
         x = x.args[0]
-    if x.target not in MULTIPLIES or len(x.users) != 1:
+    if x.target not in MULTIPLIES or len(x.users) != 1 or low > high:
         return False
     with graph.inserting_before(clamp):
         hardtanh = graph.call_function(aten.hardtanh.default, (x, low, high))

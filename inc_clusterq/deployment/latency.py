@@ -27,8 +27,8 @@ class Latency:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Latency:
-        """That of several calls, at least two."""
-        deciles = statistics.quantiles(values, n=10)
+        """That of several calls, at least two; the percentiles lie between the values."""
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
         return cls(statistics.median(values), deciles[0], deciles[-1])
 
 

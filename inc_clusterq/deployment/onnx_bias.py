@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto
 
-from inc_clusterq.deployment.onnx_graph import STORED_MAX, Array, Graph, attribute
+from inc_clusterq.deployment.backend import STORED_MAX
+from inc_clusterq.deployment.onnx_graph import Array, Graph, attribute
 
 FULL_LEVELS = 129  # fewer are below 8 bits; a ReLU6 may cut a few off the 256
 STRETCHES = (1.0, *(1 + sign * step / 5000 for step in range(1, 51) for sign in (1, -1)))  # of a weight scale

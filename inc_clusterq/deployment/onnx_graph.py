@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 Array = NDArray[Any]
-STORED_MAX = 255  # top of uint8
 
 
 @dataclass

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from inc_clusterq.deployment.backend import STORED_MAX
 from inc_clusterq.deployment.onnx_bias import (
     FULL_LEVELS,
     IntegerBias,
@@ -32,7 +33,7 @@ from inc_clusterq.deployment.onnx_bias import (
     operands_of,
     sums_scale,
 )
-from inc_clusterq.deployment.onnx_graph import STORED_MAX, Array, Graph, attribute
+from inc_clusterq.deployment.onnx_graph import Array, Graph, attribute
 
 
 def rewrite(model: ModelProto) -> ModelProto:

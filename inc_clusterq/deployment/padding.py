@@ -19,6 +19,7 @@ from torch import fx
 
 from inc_clusterq.deployment.arithmetic import EPILOGUES, PRODUCTS
 from inc_clusterq.deployment.backend import QUANTIZE
+from inc_clusterq.deployment.fusion import limits_of
 
 aten = torch.ops.aten
 
@@ -33,10 +34,12 @@ def quantize_before_padding(graph_module: fx.GraphModule) -> int:
         pad = clamp.args[0] if clamp is not None else value
         if not _pads_with_zero(pad) or len(pad.users) != 1 or not _ends_kernel(pad.args[0]):
             continue
+        if clamp is not None and not _keeps_zero(clamp):
+            continue
         source = pad.args[0]
         with graph.inserting_before(quantize):
             if clamp is not None:
-                source = _like(clamp, graph.call_function(clamp.target, (source, *clamp.args[1:])))
+                source = _like(clamp, graph.call_function(clamp.target, (source, *clamp.args[1:]), dict(clamp.kwargs)))
             levels = _like(quantize, graph.call_function(QUANTIZE, (source, *quantization)))
             padded = _like(quantize, graph.call_function(aten.constant_pad_nd.default, (levels, pad.args[1], quantization[1])))
         quantize.replace_all_uses_with(padded)
@@ -52,6 +55,11 @@ def _pads_with_zero(node: Any) -> bool:
     if node.target is aten.constant_pad_nd.default:
         return not any(node.args[2:])
     return node.target is aten.pad.default and node.args[2:3] in ((), ("constant",)) and not any(node.args[3:])
+
+
+def _keeps_zero(clamp: fx.Node) -> bool:
+    low, high = limits_of(clamp)
+    return not isinstance(low, fx.Node) and not isinstance(high, fx.Node) and (low or 0) <= 0 <= (high or 0)
 
 
 def _ends_kernel(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE
+from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE, STORED_MAX
 from inc_clusterq.deployment.shapes import record_shapes
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.graph import replace_observers
@@ -28,7 +28,6 @@ from inc_clusterq.reconstruction.ranges import signed_levels
 
 aten = torch.ops.aten
 SOURCE_NOTES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # of a node's metadata
-STORED_MAX = 255  # top of uint8, which every activation is stored in
 
 
 class FixedObserver(ObserverBase):  # type: ignore[misc]  # torchao ships no types
@@ -95,16 +94,16 @@ def write_clamps(graph_module: fx.GraphModule) -> int:
 
 
 def drop_unused_tensors(graph_module: fx.GraphModule) -> None:
-    """Remove parameters and buffers that no node reads."""
-    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    """Remove parameters and buffers that no node reads, and submodules that are then empty."""
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
     names = [name for name, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]]
     for name in names:
         if name not in used:
             owner, _, leaf = name.rpartition(".")
             delattr(graph_module.get_submodule(owner), leaf)
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for name, child in list(graph_module.named_children()):
-        if name not in called and not any(True for _ in child.state_dict()):
+    owners = {name.partition(".")[0] for name in used}
+    for name, _ in list(graph_module.named_children()):
+        if name not in owners:
             delattr(graph_module, name)
 
 

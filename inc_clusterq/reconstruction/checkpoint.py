@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from inc_clusterq.errors import OutputError
 from inc_clusterq.output import replace_file
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from inc_clusterq.reconstruction.graph import Unit, attribute
@@ -61,8 +62,8 @@ class UnitStore:
         digest.update(quantized.graph_module.code.encode())  # which has the operators' arguments
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases
-                digest.update(_bytes(attribute(quantized.graph_module, str(node.target))))
-        digest.update(_bytes(inputs))
+                digest.update(_content(attribute(quantized.graph_module, str(node.target))))
+        digest.update(_content(inputs))
         return Chain(self.folder, digest.hexdigest())
 
 
@@ -159,8 +160,11 @@ def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[
 
 
 def _write(file: Path, state: dict[str, Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, save(state, {CHECKSUM: _checksum(state)}))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, save(state, {CHECKSUM: _checksum(state)}))
+    except OSError as error:
+        raise OutputError(f"cannot write to the workspace {file.parent}: {error.strerror or error}") from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -177,9 +181,11 @@ def _checksum(state: dict[str, Tensor]) -> str:
     """SHA-256 of names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + _bytes(tensor))
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(_content(tensor))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()
+def _content(tensor: Tensor) -> memoryview:
+    """A tensor's values as a digest takes them, without a copy where they are on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().numpy().data

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from inc_clusterq.reconstruction.graph import first_axis
 
 aten = torch.ops.aten
 
@@ -62,7 +64,7 @@ def localise_batch_sizes(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for size in [node for node in graph.nodes if node.target is aten.sym_size.int and node.args[1] == 0]:
         for user in list(size.users):
-            near = next((other for other in user.all_input_nodes if _batch_size(other) == size.meta.get("val")), None)
+            near = next((other for other in user.all_input_nodes if first_axis(other) == str(size.meta.get("val"))), None)
             if near is None or near is size.args[0]:
                 continue
             with graph.inserting_before(user):
@@ -71,10 +73,3 @@ def localise_batch_sizes(graph_module: fx.GraphModule) -> None:
             user.replace_input_with(size, local)
     graph.eliminate_dead_code()
     graph_module.recompile()
-
-
-def _batch_size(node: fx.Node) -> Any:
-    value = node.meta.get("val")
-    if value is None and node.op == "call_module" and node.all_input_nodes:  # an observer: as what it observes
-        value = node.all_input_nodes[0].meta.get("val")
-    return value.shape[0] if isinstance(value, Tensor) and value.dim() else None

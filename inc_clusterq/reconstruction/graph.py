@@ -4,7 +4,8 @@ The graph that the host prepares for PT2E has BatchNorm folded and an observer a
 quantizes. Nodes that depend on the input are walked in order; after a node where no other tensor is still needed, all
 that follows depends on that one tensor, and the graph can be cut there: residual, dense, split and squeeze-excite
 structures end up whole inside a unit without a rule for any of them. A cut falls before a quantizer, never behind it:
-a shortcut may read the unquantized tensor, and a unit's target is the activation function's output.
+a shortcut may read the unquantized tensor, and a unit's target is the activation function's output. What crosses has an image
+per row: where frames are folded into the batch, or another axis comes first, the graph stays whole.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def partition(graph_module: fx.GraphModule) -> list[Unit]:
     for position, node in enumerate(order[:-1]):  # the last active node is the output
         crossing = alive_until > position
         alive_until = max(alive_until, last_use[node])
-        if position == 0 or crossing or not _may_end_here(node, active):
+        if position == 0 or crossing or not _may_end_here(node, active) or first_axis(node) != first_axis(order[0]):
             continue
         segments.append(order[begin : position + 1])
         begin = position + 1
@@ -179,6 +180,17 @@ def active_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
         if node.op == "placeholder" or any(argument in active for argument in node.all_input_nodes):
             active.add(node)
     return active
+
+
+def first_axis(node: fx.Node) -> str | None:
+    """The size of a tensor's first axis as an expression; None for what has none.
+
+    Sizes must not be compared as numbers: that holds the exporter's batch size for the only one.
+    """
+    value = node.meta.get("val")
+    if value is None and is_observer(node):  # as what it observes
+        value = node.all_input_nodes[0].meta.get("val")
+    return str(value.shape[0]) if isinstance(value, Tensor) and value.dim() else None
 
 
 def _may_end_here(node: fx.Node, active: set[fx.Node]) -> bool:

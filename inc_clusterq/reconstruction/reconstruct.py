@@ -112,28 +112,34 @@ def reconstruct(
     granularity = settings.granularity or "modcap"
     base: tuple[UnitReport, ...] = ()
     if granularity == "loss":
-        blocks = stack_chains(quantized.units, settings.stack_layers)
+        blocks = base_units(quantized, settings)
         run = loop.run(blocks)
         base, losses = run.reports, [report.loss for report in run.reports]
         if pairs := select_pairs(differences(blocks, losses, lambda first, second: True), settings.top_k, chain=True):
             quantized.graph_module.load_state_dict(start)  # units before the first merge come back from the store as they were
             run = loop.run(merge_pairs(blocks, pairs))
     else:
-        run = loop.run(_units(quantized, granularity, settings))
+        units = base_units(quantized, settings)
+        run = loop.run(_joined(units, quantized, settings) if granularity == "modcap" else units)
     last = loop.end_to_end(run)
     set_mode(quantized.graph_module, Mode.HARD)
     return Reconstruction(granularity, run.reports, base, last, views, bool(settings.mixtures))
 
 
-def _units(quantized: QuantizedGraph, granularity: str, settings: ReconstructionSettings) -> Sequence[Unit]:
-    """What is reconstructed jointly, where that needs no pass to find out."""
-    if granularity == "layer":
+def base_units(quantized: QuantizedGraph, settings: ReconstructionSettings) -> Sequence[Unit]:
+    """The units of a granularity, before any are joined by their capacity.
+
+    Raises:
+        ValueError: explicit units that the graph cannot have.
+    """
+    if settings.granularity == "layer":
         return quantized.units
-    if granularity == "explicit":
+    if settings.granularity == "explicit":
         return explicit_units(quantized.units, settings.explicit_units)
-    blocks = stack_chains(quantized.units, settings.stack_layers)
-    if granularity == "block":
-        return blocks
+    return stack_chains(quantized.units, settings.stack_layers)
+
+
+def _joined(blocks: Sequence[Unit], quantized: QuantizedGraph, settings: ReconstructionSettings) -> Sequence[Unit]:
     capacities = [modcap(unit, quantized.bits, settings.stride_factor) for unit in blocks]
     return merge_pairs(blocks, select_pairs(differences(blocks, capacities, homogeneous), settings.top_k, chain=False))
 

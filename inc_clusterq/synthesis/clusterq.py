@@ -216,13 +216,14 @@ def start_centroids(
 ) -> Centroids:
     """Centroids from `centroid_samples` generated samples of each class."""
     labels = centroids.classes.repeat_interleave(settings.centroid_samples)
-    seen = []
+    aligned, predicted = [], []
     for part in labels.split(settings.batch_size):
         z = _latents(len(part), settings, rng, teacher.device)
-        seen.append(teacher.observe(paint(generator, z, part, settings.batch_size)))
-    samples = [Moments.joined(layer) for layer in zip(*(s.samples[teacher.first_aligned :] for s in seen), strict=True)]
-    predicted = torch.cat([s.predicted for s in seen])
-    return moved(centroids, samples, labels, predicted, settings.centroid_momentum)
+        seen = teacher.observe(paint(generator, z, part, settings.batch_size))
+        aligned.append(seen.samples[teacher.first_aligned :])  # and no more: 1,000 classes have thousands of samples
+        predicted.append(seen.predicted)
+    samples = [Moments.joined(layer) for layer in zip(*aligned, strict=True)]
+    return moved(centroids, samples, labels, torch.cat(predicted), settings.centroid_momentum)
 
 
 @torch.no_grad()

@@ -123,6 +123,9 @@ def test_the_float_model_is_found_where_the_result_says(
         found = {**report, "folder": str(tmp_path), "config": {"model": model}}
         (folder / "result.json").write_text(json.dumps(found))
         measured = bench(folder, (1, 2), ("onnxruntime", "openvino"), threads=1)
+        (folder / "result.json").write_text(json.dumps({**found, "folder": "."}))
+        with pytest.raises(ResultError, match="none of its own code is run: name the job's YAML with --config"):
+            bench(folder, (1,), ("onnxruntime",))
         found["config"]["model"]["architecture"] = "python:nowhere:net"
         (folder / "result.json").write_text(json.dumps(found))
         with pytest.raises(ModelError, match="nowhere"):

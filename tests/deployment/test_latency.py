@@ -28,5 +28,10 @@ def test_slow_models_are_called_less_often_but_some_times(monkeypatch: pytest.Mo
 
 
 def test_a_latency_is_median_and_outer_deciles() -> None:
-    found = Latency.of([float(value) for value in range(1, 100)])
+    found = Latency.of([float(value) for value in range(101)])
     assert (found.low, found.median, found.high) == (10, 50, 90)
+
+
+def test_the_deciles_of_few_calls_lie_between_them() -> None:
+    found = Latency.of([10.0, 10.2, 10.1, 10.3, 10.2, 10.4, 30.0])
+    assert 10.0 < found.low < found.median < found.high < 30.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE
-from inc_clusterq.deployment.qdq import STORED_MAX, convert, write_clamps
+from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE, STORED_MAX
+from inc_clusterq.deployment.qdq import convert, write_clamps
 from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer

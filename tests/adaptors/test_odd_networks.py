@@ -1,0 +1,175 @@
+"""Networks that a user may have, each with something that stood in the way of its job once."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from neural_compressor.torch.export import export
+from neural_compressor.torch.quantization import quantize
+from torch import Tensor, nn
+from torch.nn import functional
+
+from inc_clusterq import MRECGConfig
+from inc_clusterq.deployment.backend import QUANTIZE
+from inc_clusterq.deployment.inductor import compile_frozen
+
+DYNAMIC = ({0: torch.export.Dim("batch", min=1, max=64)},)
+aten = torch.ops.aten
+
+
+class Odd(nn.Module):
+    """Two convolutions and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Linear(8, 5)
+
+    def end(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Frames(Odd):
+    """Takes clips, and folds their frames into the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.relu(self.one(x.transpose(1, 2).flatten(0, 1)))
+        return self.last(torch.relu(self.two(frames)).mean((2, 3)).view(-1, 4, 8).mean(1))  # type: ignore[no-any-return]
+
+
+class Sequence(Odd):
+    """Has the batch on the second axis behind its convolution, as recurrent networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.relu(self.one(x)).flatten(2).permute(2, 0, 1)
+        return self.last(torch.relu(self.second(torch.relu(self.first(steps)))).mean(0))  # type: ignore[no-any-return]
+
+
+class Upsampled(Odd):
+    """Holds a layer that the host leaves in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.two(torch.relu(self.up(torch.relu(self.one(x))))))
+
+
+class Centre(nn.Module):
+    """Subtracts a mean that no checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean  # type: ignore[operator]
+
+
+class Centred(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.centre = Centre()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.two(torch.relu(self.one(self.centre(x)))))
+
+
+class Limited(Odd):
+    """Cuts a tensor that is quantized next, in a way of its own."""
+
+    def __init__(self, limit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.two(self.limit(self.one(x))))
+
+
+LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "from below": lambda x: x.clamp(min=0.1),
+    "from above": lambda x: x.clamp(max=0.2),
+    "far above what occurs": lambda x: functional.avg_pool2d(x, 2).clamp(0, 600),
+    "of a pool": lambda x: functional.avg_pool2d(x, 2).clamp(-0.1, 0.3),
+    "below zero, behind ReLU": lambda x: torch.relu(x).clamp(-3, -1),
+    "zeros of a padding": lambda x: functional.pad(torch.relu(x), (0, 1, 0, 1)).clamp(0.3, 0.9),
+    "above the zeros of a padding": lambda x: functional.pad(torch.relu(x), (0, 1, 0, 1)).clamp(min=0.3),
+}
+
+
+def quantized(net: nn.Module, inputs: Tensor, **keys: Any) -> Any:
+    exported = export(net.eval(), (inputs[:2],), dynamic_shapes=DYNAMIC)
+    return quantize(exported, MRECGConfig(iterations=4, views=1, **keys), run_fn=lambda model: model(inputs))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture
+def images() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(32, 3, 8, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", ["layer", "modcap"])
+@pytest.mark.parametrize(("make", "shape"), [(Frames, (3, 4, 8, 8)), (Sequence, (3, 8, 8))])  # 64 steps: as many as images
+def test_a_unit_ends_only_where_every_row_is_an_image(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], granularity: str
+) -> None:
+    torch.manual_seed(0)
+    net, inputs = make(), torch.randn(64, *shape)
+    model = quantized(net, inputs, w_bits=8, act_bits=8, granularity=granularity)
+    assert error(model(inputs), net(inputs)) < 0.03
+    names = [layer for unit in model.reconstruction.units for layer in unit.layers]
+    assert sorted(names) == sorted(name for name, _ in net.named_children() if name != "two" or make is Frames)
+
+
+@torch.no_grad()
+def test_what_the_host_leaves_in_float_is_not_raised_with_its_unit(images: Tensor) -> None:
+    for units in (1, 2, 3):
+        model = quantized(Upsampled(), images, w_bits=4, act_bits=4, fallback_units=units, granularity="layer")
+        raised = [unit.lowest_bits for unit in model.reconstruction.units if unit.layers != ("up",)]
+        assert raised == [8, 8, 8]  # the ends have 8 bits by themselves
+
+
+@torch.no_grad()
+def test_a_buffer_that_no_checkpoint_has_stays_where_it_is_read(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Centred()
+    model = quantized(net, images, w_bits=8, act_bits=8)
+    assert error(model(images), net(images)) < 0.03
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (images,)), file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(images), model(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_users_own_limits_are_kept(images: Tensor, limit: str) -> None:
+    torch.manual_seed(0)
+    net = Limited(LIMITS[limit])
+    inputs = 2 * images
+    model = quantized(net, inputs, w_bits=8, act_bits=8)
+    assert error(model(inputs), net(inputs)) < 0.03
+    on_integers = [node for node in model.graph.nodes if node.target is aten.clamp.default and node.args[0].target is QUANTIZE]
+    assert all(node.args[2] < 256 for node in on_integers)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_limits_far_above_what_occurs_compile(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = quantized(Limited(LIMITS["far above what occurs"]), images, w_bits=8, act_bits=8)
+    assert error(compile_frozen(model, images[:1].clone())(images[:1]), model(images[:1])) < 1e-3
