@@ -18,6 +18,13 @@ SHOWN = 5
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
+WRAPPINGS = ("state_dict", "model_state_dict", "model")
+"""Keys under which training scripts put a state dict beside their optimiser's."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile leave in front of all names."""
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """The named tensors of a file, without the wrapping and the prefixes that training scripts leave behind."""
     if path.suffix not in SUFFIXES:
@@ -40,6 +47,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load `state` into `module`; ModelError lists the names and shapes that do not fit it."""
     expected = module.state_dict()
+    state = _without_owner(state, expected)
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in expected]
     misshapen = [
@@ -55,7 +63,7 @@ def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
+    for key in WRAPPINGS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
@@ -66,12 +74,21 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"checkpoint {path}: {name!r} is {type(value).__name__}, not a tensor; it must be a state dict, "
-                "alone or under the key 'state_dict' or 'model'"
+                f"alone or under one of the keys {', '.join(WRAPPINGS)}"
             )
         state[str(name)] = value
-    if all(name.startswith("module.") for name in state):  # left by DataParallel
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def _without_owner(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without the name of the module that held this one while it was trained, such as `model.`, where all names then fit."""
+    owner = next(iter(state), "").partition(".")[0] + "."
+    if not all(name.startswith(owner) for name in state):
+        return state
+    inner = {name.removeprefix(owner): value for name, value in state.items()}
+    return inner if inner.keys() <= expected.keys() else state
 
 
 def _some(names: list[str]) -> str:

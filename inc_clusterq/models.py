@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ from inc_clusterq.fingerprint import fingerprint, ramp
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.modes import evaluated
 from inc_clusterq.references import call_reference
+
+logger = logging.getLogger(__name__)
+
+SUSPICIOUS = 300.0
+"""A span of normalised inputs beyond this is probably of a range and a std on different scales; raw pixels end at 255."""
 
 SUM_TOLERANCE = 1e-4
 """Non-negative outputs that add up to 1 within this are taken for probabilities."""
@@ -43,16 +49,35 @@ def load_model(config: ModelConfig, *, any_output: bool = False) -> FloatModel:
     """Build the architecture, load its weights, check that it takes the input and, unless `any_output`, returns logits."""
     kind, _, name = config.architecture.partition(":")
     module = _from_torchvision(name, config) if kind == "torchvision" else _from_python(config)
-    module = module.float().eval().requires_grad_(False)
+    module = _unwrapped(module, config.architecture).float().eval().requires_grad_(False)
     tensors = (*module.named_parameters(), *module.named_buffers())
     broken = [name for name, value in tensors if not bool(value.isfinite().all())]
     if broken:
         raise ModelError(f"{config.architecture}: {broken[0]} holds values that are not finite; the checkpoint is damaged")
     spec = config.input.spec()
+    if (span := (spec.high - spec.low) / min(spec.std)) > SUSPICIOUS and set(spec.std) != {1.0}:
+        logger.warning(
+            "Normalised inputs span %.0f; are model.input.range, mean and std on one scale? [0, 255] goes with a std such as "
+            "58.4, [0, 1] with 0.229",
+            span,
+        )
     output = read_output(module, spec)
     if output.problem and not any_output:
         raise ModelError(f"{output.problem}; {output.remedy}")
     return FloatModel(name.rpartition(":")[2], module, spec, output.num_classes, fingerprint(module, spec), output.problem)
+
+
+def _unwrapped(module: nn.Module, origin: str) -> nn.Module:
+    """The module inside DataParallel and what torch.compile returns, which cannot be exported themselves."""
+    while isinstance(
+        inner := getattr(module, "module" if isinstance(module, nn.DataParallel) else "_orig_mod", None), nn.Module
+    ):
+        module = inner
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{origin} returned a TorchScript module, which cannot be exported; give the Python module it was made of"
+        )
+    return module
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,26 @@ def read_output(module: nn.Module, spec: InputSpec) -> Output:
         raise ModelError("the model returns values that are not finite; check its weights, model.input.range and .std")
     if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
         return Output(0, "the model returns probabilities", "it must return class logits: take the softmax out of the model")
+    with torch.no_grad(), evaluated(module):
+        again = module(batch.clone())
+    if not torch.allclose(again, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+        raise ModelError(
+            "the model returns other values for the same input each time; in evaluation it must draw no random numbers, as "
+            "functional.dropout does without training=self.training"
+        )
+    if (alone := _of_one_sample(module, batch)) != (1, output.shape[1]):
+        return Output(
+            0,
+            f"the model returns shape {alone} for 1 sample",
+            f"it must return (1, {output.shape[1]}), as for 2 samples: write flatten(1) in place of squeeze()",
+        )
     return Output(output.shape[1])
+
+
+def _of_one_sample(module: nn.Module, batch: Tensor) -> tuple[int, ...]:
+    with torch.no_grad(), evaluated(module):
+        output: Tensor = module(batch[:1].clone())
+    return tuple(output.shape)
 
 
 def _from_python(config: ModelConfig) -> nn.Module:

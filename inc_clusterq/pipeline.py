@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import tempfile
 import time
@@ -17,12 +18,12 @@ from torch import Tensor, fx, nn
 from inc_clusterq.config import Config, OpWise, QuantizationConfig
 from inc_clusterq.cpu import SAFE_WEIGHT_BITS, cpu, overflows
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
-from inc_clusterq.deployment.inductor import Compiled, Parity, check_parity, compile_frozen
+from inc_clusterq.deployment.inductor import Compiled, Parity, check_compiler, check_parity, compile_frozen
 from inc_clusterq.deployment.inductor_operators import compile_and_list
 from inc_clusterq.deployment.latency import Latency, milliseconds_in_turn
 from inc_clusterq.deployment.operators import Operator, require_int8
 from inc_clusterq.environment import environment
-from inc_clusterq.errors import ConfigError, DatasetError
+from inc_clusterq.errors import ConfigError, DatasetError, DeploymentError
 from inc_clusterq.evaluation import accuracy, agreement
 from inc_clusterq.labelled import load_labelled
 from inc_clusterq.models import FloatModel, load_model
@@ -37,6 +38,8 @@ from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthetic_set import workspace_dataset
 from inc_clusterq.tuning import Adaptor, Score, Strategy, TuningRequest
+
+logger = logging.getLogger(__name__)
 
 LOSSES = "losses.png"
 PARITY_IMAGES = 256  # at most: each is run one by one through the compiled model
@@ -53,6 +56,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
     """
     seconds: dict[str, float] = {}
     check_output(config.output, overwrite=overwrite)
+    check_compiler()
     strategy, adaptor = _strategy(config), find(ADAPTORS, config.tuning.host)()
     model = load_model(config.model)
     batch_norms(model.module)  # said at once, not after the export
@@ -88,7 +92,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             output=config.output,
             metric=judge.metric,
             scored_on=judge.images,
-            rows=tuple(Row(name, scores[name], sizes[name], latencies[name]) for name in models),
+            rows=tuple(Row(name, scores[name], sizes[name], latencies.get(name)) for name in models),
             goal=outcome.float_score * (1 - request.tolerable_loss),
             outcome=outcome,
             parity=parity,
@@ -109,7 +113,10 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
 def _deployed(
     models: Mapping[str, nn.Module], evaluated: nn.Module, inputs: Tensor, stage: Stage
 ) -> tuple[Parity, dict[str, Latency], list[Operator]]:
-    """Compile all models as they would be deployed; check ours against what was evaluated; time them side by side."""
+    """Compile all models as they would be deployed; check ours against what was evaluated; time them side by side.
+
+    Others than ours are there for comparison, and may fail to compile.
+    """
     example = inputs[:1].clone()
     compiled: dict[str, Compiled] = {}
     operators: list[Operator] = []
@@ -117,7 +124,12 @@ def _deployed(
         if name == OURS and isinstance(module, fx.GraphModule):
             compiled[name], operators = compile_and_list(module, example)
         else:
-            compiled[name] = compile_frozen(module, example)
+            try:
+                compiled[name] = compile_frozen(module, example)
+            except DeploymentError as failure:
+                if name == OURS:
+                    raise
+                logger.warning("Of the model %r no latency is measured: %s", name, failure)
         stage.advance(1, f"compiled {name}")
     parity = check_parity(kernel_arithmetic(evaluated), compiled[OURS], inputs)
     stage.advance(1, "checked")

@@ -27,7 +27,7 @@ class Row:
     name: str
     score: float
     size: int  # bytes of the saved model
-    latency: Latency
+    latency: Latency | None  # None where the model cannot be compiled, which ours can
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,9 @@ class Result:
         table.add_column("model")
         for heading in (self.metric, "on disk", "ms, batch 1", "10 to 90 %", "speed"):
             table.add_column(heading, justify="right")
-        reference = self.rows[0]
+        reference = self.rows[0].latency
         for row in self.rows:
-            table.add_row(
-                row.name,
-                f"{row.score:.2%}",
-                f"{row.size / 1024:.0f} KiB",
-                f"{row.latency.median:.2f}",
-                f"{row.latency.low:.2f} to {row.latency.high:.2f}",
-                f"{reference.latency.median / row.latency.median:.2f}x",
-            )
+            table.add_row(row.name, f"{row.score:.2%}", f"{row.size / 1024:.0f} KiB", *_latency_cells(row.latency, reference))
         console.print(table)
         verdict = "meets" if self.met_goal else "MISSES"
         console.print(
@@ -121,3 +114,10 @@ class Result:
         )
         console.print(f"Compiled: {summary(self.operators)}.", soft_wrap=True, highlight=False, markup=False)
         console.print(f"Saved in {self.output}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _latency_cells(latency: Latency | None, reference: Latency | None) -> tuple[str, str, str]:
+    if latency is None:
+        return ("-", "-", "-")
+    speed = f"{reference.median / latency.median:.2f}x" if reference else "-"
+    return f"{latency.median:.2f}", f"{latency.low:.2f} to {latency.high:.2f}", speed

@@ -35,11 +35,22 @@ def test_what_was_saved_is_what_is_read(tmp_path: Path, state: dict[str, Tensor]
     assert all(torch.equal(read[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_wrapping_and_prefixes_of_training_scripts_are_taken_off(tmp_path: Path, state: dict[str, Tensor], key: str) -> None:
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
+def test_wrapping_and_prefixes_of_training_scripts_are_taken_off(
+    tmp_path: Path, state: dict[str, Tensor], key: str, prefix: str
+) -> None:
     file = tmp_path / "net.pth"
-    torch.save({key: OrderedDict((f"module.{name}", value) for name, value in state.items()), "epoch": 3}, file)
+    torch.save({"epoch": 3, key: OrderedDict((f"{prefix}{name}", value) for name, value in state.items())}, file)
     assert read_state(file).keys() == state.keys()
+
+
+def test_the_name_of_the_module_that_held_the_model_is_taken_off_where_all_then_fits(state: dict[str, Tensor]) -> None:
+    held = {f"net.{name}": value + 1 for name, value in state.items()}
+    fit_state(module := net(), held, "it")
+    assert all(torch.equal(value, state[name] + 1) for name, value in module.state_dict().items() if value.is_floating_point())
+    with pytest.raises(ModelError, match=r"7 not in the model: net\.0\.weight"):
+        fit_state(net(), {name.replace("1.bias", "2.bias"): value for name, value in held.items()}, "it")
 
 
 class _Own:

@@ -51,6 +51,69 @@ def test_a_function_may_return_a_trained_model(tmp_path: Path, write_module: Cal
     assert load_model(config(tmp_path, f"python:{write_module(NET)}:net")).num_classes == 5
 
 
+ODD = """
+    import warnings
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    class Net(nn.Module):
+        def __init__(self, ending=lambda x: x):
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+            self.ending = ending
+        def forward(self, x):
+            return self.ending(self.fc(self.norm(self.conv(x)).mean((2, 3))))
+
+    def squeezed():
+        return Net(lambda x: x.squeeze())
+    def noisy():
+        return Net(lambda x: functional.dropout(x))
+    def scripted():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is deprecated
+            return torch.jit.trace(Net().eval(), torch.zeros(2, 1, 8, 8))
+    def parallel():
+        return nn.DataParallel(Net())
+    def compiled():
+        return torch.compile(nn.DataParallel(Net()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("squeezed", r"returns shape \(5,\) for 1 sample; it must return \(1, 5\), .* flatten\(1\) in place of squeeze"),
+        ("noisy", r"returns other values for the same input each time"),
+        ("scripted", r"scripted returned a TorchScript module, which cannot be exported; give the Python module"),
+    ],
+)
+def test_what_would_fail_after_the_work_is_refused_before_it(
+    tmp_path: Path, write_module: Callable[[str], str], function: str, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(config(tmp_path, f"python:{write_module(ODD)}:{function}"))
+
+
+@pytest.mark.parametrize("function", ["parallel", "compiled"])
+def test_what_a_model_was_wrapped_in_for_training_is_taken_off(
+    tmp_path: Path, write_module: Callable[[str], str], function: str
+) -> None:
+    loaded = load_model(config(tmp_path, f"python:{write_module(ODD)}:{function}"))
+    assert type(loaded.module).__name__ == "Net"
+
+
+def test_a_range_and_a_std_on_different_scales_are_told(
+    tmp_path: Path, write_module: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    named = f"python:{write_module(NET)}:net"
+    for high, std in ((255, 1), (255, 58.4), (1, 0.229)):
+        load_model(config(tmp_path, named, input={"shape": [1, 8, 8], "range": [0, high], "std": std}))
+    assert not caplog.records
+    load_model(config(tmp_path, named, input={"shape": [1, 8, 8], "range": [0, 255], "mean": 0.485, "std": 0.229}))
+    assert "Normalised inputs span 1114; are model.input.range, mean and std on one scale?" in caplog.text
+
+
 def test_a_function_that_returns_something_else_is_refused(tmp_path: Path, write_module: Callable[[str], str]) -> None:
     with pytest.raises(ModelError, match=r"text returned str; it must return a torch.nn.Module"):
         load_model(config(tmp_path, f"python:{write_module(NET)}:text"))

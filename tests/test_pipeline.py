@@ -8,9 +8,11 @@ from textwrap import dedent
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 from typer.testing import CliRunner, Result
 
 from inc_clusterq.cli import app
+from inc_clusterq.errors import DeploymentError
 
 NETS = """
     import torch
@@ -250,6 +252,33 @@ def test_a_model_that_computes_something_else_once_compiled_is_not_saved(bench: 
     assert result.exit_code == 1
     assert "must not be deployed" in result.stderr
     assert bench.left_behind() == set()
+
+
+def test_what_is_there_for_comparison_may_fail_to_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: torch.nn.Module, example: torch.Tensor) -> None:
+        raise DeploymentError("the model cannot be compiled: it is odd")
+
+    monkeypatch.setattr("inc_clusterq.pipeline.compile_frozen", fail)
+    result = bench.run()
+    assert result.exit_code == 0, result.output
+    found = json.loads((bench.folder / "saved_results" / "result.json").read_text())
+    float_model, static, ours = (row["latency"] for row in found["models"])
+    assert float_model is static is None
+    assert ours["median"] > 0
+    assert "Of the model 'float' no latency is measured: the model cannot be compiled: it is odd" in " ".join(
+        result.stderr.split()
+    )
+
+
+def test_a_machine_without_a_compiler_is_told_before_any_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("inc_clusterq.deployment.inductor.get_cpp_compiler", none)
+    result = bench.run()
+    assert result.exit_code == 1
+    assert "Inductor needs one, for example g++, on the path" in " ".join(result.stderr.split())
+    assert not (bench.folder / "nc_workspace").exists()
 
 
 def test_strict_refuses_a_model_with_an_operator_in_float_and_writes_nothing(bench: Bench) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 import inc_clusterq.deployment.backend  # noqa: F401  # without it Inductor has no int8 kernels
@@ -44,6 +45,14 @@ class Parity:
             f"equal to the bit on {self.identical:.2%} of {self.images} images, same class on {self.agreement:.2%}, deviation "
             f"{self.in_range:.3%} of the output range ({self.out_of_range:.3%} on inputs beyond it)"
         )
+
+
+def check_compiler() -> None:
+    """Raise DeploymentError where the machine has no C++ compiler, before any work that would end with that."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise DeploymentError(f"models cannot be compiled: {_cause(error)}") from error
 
 
 def compile_frozen(

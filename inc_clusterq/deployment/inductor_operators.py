@@ -44,8 +44,8 @@ PLAIN: dict[str, Kind] = {
     "aten::cat": "concatenation",
 }
 INT8 = ("onednn.", "quantized.", "concatenation of 8-bit")  # what names of int8 kernels begin with
-TINY_INPUTS = 16
-TINY_REASON = "for batches of one, Inductor writes products with at most 16 inputs or one output as a loop of its own"
+TINY = 16
+TINY_REASON = "Inductor makes a loop of products of one row with one output, or with a bias and at most 16 inputs and outputs"
 GENERATED: tuple[Kind, ...] = ("addition", "pooling", "concatenation")  # loops that Inductor writes itself
 
 
@@ -94,12 +94,14 @@ def _adds_feature_maps(node: fx.Node) -> bool:
 
 
 def _tiny_products(module: fx.GraphModule) -> set[str]:
-    """Linear operators that Inductor takes apart for a single row: nodes with at most 16 inputs, or with one output."""
+    """Linear operators that Inductor takes apart where it knows that they have one row, of batches of one."""
     found = set()
     for node in module.graph.nodes:
         if node.target is aten.linear.default:
             outputs, inputs = node.args[1].meta["val"].shape
-            if inputs <= TINY_INPUTS or outputs == 1:
+            rows = node.args[0].meta["val"].shape[1:-1].numel()  # of an image
+            has_bias = len(node.args) > 2 and node.args[2] is not None
+            if rows == 1 and (outputs == 1 or (has_bias and max(inputs, outputs) <= TINY)):
                 found.add(node.name)
     return found
 

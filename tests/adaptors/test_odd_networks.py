@@ -16,6 +16,7 @@ from torch.nn import functional
 from inc_clusterq import MRECGConfig
 from inc_clusterq.deployment.backend import QUANTIZE
 from inc_clusterq.deployment.inductor import compile_frozen
+from inc_clusterq.deployment.inductor_operators import compile_and_list
 
 DYNAMIC = ({0: torch.export.Dim("batch", min=1, max=64)},)
 aten = torch.ops.aten
@@ -82,6 +83,67 @@ class Centred(Odd):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(self.two(torch.relu(self.one(self.centre(x)))))
+
+
+class Preactivated(Odd):
+    """Has a BatchNorm behind a convolution whose output the shortcut reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = normed(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.end(x + self.two(torch.relu(self.norm(x))))
+
+
+class Siamese(Odd):
+    """Calls one backbone, with its BatchNorm, for two parts of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = normed(8)
+
+    def backbone(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.one(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.two(self.backbone(x[:, :, :4]) - self.backbone(x[:, :, 4:])))
+
+
+class Blurred(Odd):
+    """Has a fixed filter in front of a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filter", torch.ones(8, 1, 3, 3) / 9)
+        self.norm = normed(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blurred = functional.conv2d(torch.relu(self.one(x)), self.filter, stride=2, groups=8)  # type: ignore[arg-type]
+        return self.end(self.two(torch.relu(self.norm(blurred))))
+
+
+class Recurrent(Odd):
+    """Reads its feature maps with an LSTM, column by column, as networks for text and sound do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8 * 8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.relu(self.two(torch.relu(self.one(x))))
+        return self.last(self.lstm(maps.permute(0, 3, 1, 2).flatten(2))[0][:, -1])  # type: ignore[no-any-return]
+
+
+def normed(channels: int) -> nn.BatchNorm2d:
+    """A BatchNorm that does something."""
+    norm = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            assert value is not None
+            value.copy_(torch.rand(channels) + 0.3)
+    return norm
 
 
 class Limited(Odd):
@@ -156,6 +218,24 @@ def test_a_buffer_that_no_checkpoint_has_stays_where_it_is_read(images: Tensor) 
 
 
 @torch.no_grad()
+def test_a_recurrent_network_keeps_what_the_host_does_not_know_in_float(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Recurrent()
+    assert error(quantized(net, images, w_bits=8, act_bits=8)(images), net(images)) < 0.03
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [Preactivated, Siamese, Blurred])
+def test_a_batch_norm_is_folded_where_nothing_else_changes_by_it(images: Tensor, make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = make()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    model = quantized(net, images, w_bits=8, act_bits=8)
+    assert error(model(images), net(images)) < 0.03
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("limit", LIMITS)
 def test_a_users_own_limits_are_kept(images: Tensor, limit: str) -> None:
     torch.manual_seed(0)
@@ -165,6 +245,29 @@ def test_a_users_own_limits_are_kept(images: Tensor, limit: str) -> None:
     assert error(model(inputs), net(inputs)) < 0.03
     on_integers = [node for node in model.graph.nodes if node.target is aten.clamp.default and node.args[0].target is QUANTIZE]
     assert all(node.args[2] < 256 for node in on_integers)
+
+
+class Columns(Odd):
+    """Ends in products with few inputs or few outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.plain = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x)).mean((2, 3))
+        return self.last(torch.relu(self.plain(torch.relu(self.narrow(torch.relu(self.wide(x)))))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # the compiler's, at a product without a bias
+@torch.no_grad()
+def test_linear_operators_are_listed_as_what_they_became(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = quantized(Columns(), images, w_bits=8, act_bits=8)
+    _, operators = compile_and_list(model, images[:1].clone())
+    found = {operator.name: operator.precision for operator in operators if operator.kind == "linear"}
+    assert found == {"wide": "int8", "narrow": "int8", "plain": "int8", "last": "float"}  # 8 inputs, 5 outputs, a bias
 
 
 @pytest.mark.slow
