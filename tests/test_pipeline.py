@@ -254,7 +254,9 @@ def test_a_model_that_computes_something_else_once_compiled_is_not_saved(bench: 
     assert bench.left_behind() == set()
 
 
-def test_what_is_there_for_comparison_may_fail_to_compile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_for_comparison_may_fail_to_compile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(module: torch.nn.Module, example: torch.Tensor) -> None:
         raise DeploymentError("the model cannot be compiled: it is odd")
 
@@ -265,19 +267,7 @@ def test_what_is_there_for_comparison_may_fail_to_compile(bench: Bench, monkeypa
     float_model, static, ours = (row["latency"] for row in found["models"])
     assert float_model is static is None
     assert ours["median"] > 0
-    assert "Of the model 'float' no latency is measured: the model cannot be compiled: it is odd" in " ".join(
-        result.stderr.split()
-    )
-
-
-def test_a_machine_without_a_compiler_is_told_before_any_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> str:
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr("inc_clusterq.deployment.inductor.get_cpp_compiler", none)
-    result = bench.run()
-    assert result.exit_code == 1
-    assert "Inductor needs one, for example g++, on the path" in " ".join(result.stderr.split())
+    assert "Of the model 'float' no latency is measured: the model cannot be compiled: it is odd" in caplog.text
     assert not (bench.folder / "nc_workspace").exists()
 
 
