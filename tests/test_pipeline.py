@@ -268,6 +268,16 @@ def test_what_is_there_for_comparison_may_fail_to_compile(
     assert float_model is static is None
     assert ours["median"] > 0
     assert "Of the model 'float' no latency is measured: the model cannot be compiled: it is odd" in caplog.text
+
+
+def test_a_machine_without_a_compiler_is_told_before_any_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("inc_clusterq.deployment.inductor.get_cpp_compiler", none)
+    result = bench.run()
+    assert result.exit_code == 1
+    assert "Inductor needs one, for example g++, on the path" in " ".join(result.stderr.split())
     assert not (bench.folder / "nc_workspace").exists()
 
 
