@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,13 @@ class NeuralCompressorAdaptor:
         """
         example = torch.zeros(2, *model.input.shape)
         dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
-        with _quiet(logging.CRITICAL):
+        printed = io.StringIO()  # the exporter prints the whole graph where it fails
+        with _quiet(logging.CRITICAL), redirect_stdout(printed), redirect_stderr(printed):
             try:
                 exported = host_export(model.module, (example,), dynamic_shapes=dynamic_shapes)
             except RuntimeError as error:
                 reason = _why_not_exported(model.module, example, dynamic_shapes)
-                raise ModelError(f"{model.name} cannot be exported: {reason}") from error
+                raise ModelError(f"{model.name} cannot be exported: {reason}{_last_place(printed.getvalue())}") from error
         assert isinstance(exported, fx.GraphModule)
         canonicalise(exported)
         shares = torch.rand(3, *model.input.shape, generator=torch.Generator().manual_seed(0))
@@ -170,6 +173,12 @@ def _why_not_exported(module: nn.Module, example: Tensor, dynamic_shapes: Any) -
     except Exception as error:  # whatever the exporter raises is the answer here
         return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     return "the host's export failed"
+
+
+def _last_place(printed: str) -> str:
+    """Where in the user's code the exporter stood last, as far as it has printed that."""
+    places = re.findall(r"# File: (\S+) in \S+, code: (.+)", printed)
+    return f" (at {places[-1][0]}: {places[-1][1].strip()})" if places else ""
 
 
 @contextmanager

@@ -225,12 +225,16 @@ def count_units(exported: nn.Module, config: MRECGConfig) -> int:
     """Most units that are reconstructed: those of its granularity, before pairs of them are joined.
 
     Raises:
-        ModelError: `config` names layers that the model does not have, or units that it cannot have.
+        ModelError: `config` names layers that the model does not have, or units that it cannot have; or the host's preparation
+            changes what the model computes.
     """
     prepared = _prepare(exported)
-    prepared.meta.pop(CALIBRATION).hook.remove()
+    calibration: _Calibration = prepared.meta.pop(CALIBRATION)
+    calibration.hook.remove()
     settings = config.reconstruction_settings()
-    return len(base_units(_installed(prepared, config.bit_plan(), settings), settings))
+    quantized = _installed(prepared, config.bit_plan(), settings)
+    _assert_unchanged(prepared, calibration)
+    return len(base_units(quantized, settings))
 
 
 def _installed(prepared: fx.GraphModule, plan: BitPlan, settings: ReconstructionSettings) -> QuantizedGraph:

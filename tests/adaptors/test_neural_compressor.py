@@ -236,3 +236,19 @@ def test_an_export_that_fails_without_a_word_is_told_by_its_kind() -> None:
 
     with pytest.raises(ModelError, match=r"^net cannot be exported: ArithmeticError$"):
         NeuralCompressorAdaptor().export(FloatModel("net", Silent(), InputSpec((3, 8, 8)), 5, ""))
+
+
+def test_an_export_that_fails_at_a_branch_is_told_with_its_place_and_without_the_graph(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.abs().max() > 5:
+                x = x.clamp(-5, 5)
+            return x
+
+    with pytest.raises(
+        ModelError, match=r"data-dependent .* \(at \S+test_neural_compressor\.py:\d+: if x\.abs\(\)\.max\(\) > 5:\)$"
+    ):
+        NeuralCompressorAdaptor().export(FloatModel("net", Branching(), InputSpec((3, 8, 8)), 5, ""))
+    assert "GraphModule" not in "".join(capfd.readouterr())
