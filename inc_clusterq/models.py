@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,14 +104,7 @@ def read_output(module: nn.Module, spec: InputSpec) -> Output:
         raise ModelError(f"{halves[0]} holds 16-bit numbers; give the model in float32, as model.float() makes it")
     batch = ramp(module, spec)
     given = batch.clone()
-    try:
-        with torch.no_grad(), evaluated(module):
-            output = module(given)
-    except Exception as failure:  # the user's own model: anything can come out of it
-        raise ModelError(
-            f"the model does not take an input of shape {tuple(batch.shape)}, model.input.shape is {list(spec.shape)}: "
-            f"{type(failure).__name__}: {' '.join(str(failure).split())}"
-        ) from failure
+    output = _run(module, given)
     if not given.equal(batch):
         raise ModelError(
             "the model changes its input in place, and with it the images that it is compared on; "
@@ -131,26 +125,30 @@ def read_output(module: nn.Module, spec: InputSpec) -> Output:
         raise ModelError("the model returns values that are not finite; check its weights, model.input.range and .std")
     if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
         return Output(0, "the model returns probabilities", "it must return class logits: take the softmax out of the model")
-    with torch.no_grad(), evaluated(module):
-        again = module(batch.clone())
-    if not torch.allclose(again, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+    if not torch.allclose(_run(module, batch.clone()), output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
         raise ModelError(
             "the model returns other values for the same input each time; in evaluation it must draw no random numbers, as "
             "functional.dropout does without training=self.training"
         )
-    if (alone := _of_one_sample(module, batch)) != (1, output.shape[1]):
-        return Output(
-            0,
-            f"the model returns shape {alone} for 1 sample",
-            f"it must return (1, {output.shape[1]}), as for 2 samples: write flatten(1) in place of squeeze()",
+    alone = _run(module, batch[:1].clone()).shape
+    if alone != (1, output.shape[1]):
+        raise ModelError(
+            f"the model returns shape {tuple(alone)} for 1 sample and {tuple(output.shape)} for 2; the first axis must be "
+            "there for 1 as well: write flatten(1) in place of squeeze()"
         )
     return Output(output.shape[1])
 
 
-def _of_one_sample(module: nn.Module, batch: Tensor) -> tuple[int, ...]:
-    with torch.no_grad(), evaluated(module):
-        output: Tensor = module(batch[:1].clone())
-    return tuple(output.shape)
+def _run(module: nn.Module, batch: Tensor) -> Any:
+    """The output for a batch; ModelError where the model takes none such."""
+    try:
+        with torch.no_grad(), evaluated(module):
+            return module(batch)
+    except Exception as failure:  # the user's own model: anything can come out of it
+        raise ModelError(
+            f"the model does not take an input of shape {tuple(batch.shape)}, model.input.shape is {list(batch.shape[1:])}: "
+            f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+        ) from failure
 
 
 def _from_python(config: ModelConfig) -> nn.Module:

@@ -67,6 +67,8 @@ ODD = """
 
     def squeezed():
         return Net(lambda x: x.squeeze())
+    def pairs():
+        return Net(lambda x: x[[0, 1]])
     def noisy():
         return Net(lambda x: functional.dropout(x))
     def scripted():
@@ -83,7 +85,8 @@ ODD = """
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("squeezed", r"returns shape \(5,\) for 1 sample; it must return \(1, 5\), .* flatten\(1\) in place of squeeze"),
+        ("squeezed", r"returns shape \(5,\) for 1 sample and \(2, 5\) for 2; .* flatten\(1\) in place of squeeze"),
+        ("pairs", r"does not take an input of shape \(1, 1, 8, 8\), model\.input\.shape is \[1, 8, 8\]: IndexError: "),
         ("noisy", r"returns other values for the same input each time"),
         ("scripted", r"scripted returned a TorchScript module, which cannot be exported; give the Python module"),
     ],
