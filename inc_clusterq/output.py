@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from filelock import FileLock, Timeout
 
 from inc_clusterq.errors import OutputError
 
@@ -23,21 +24,14 @@ def check_output(folder: Path, *, overwrite: bool, report: str = RESULT) -> None
     `overwrite` replaces an earlier result, told by its `report`; a folder that holds anything else is never replaced.
     """
     place = folder.resolve()  # a link stays, and what it leads to is written
-    if place.exists() and not place.is_dir():
-        raise OutputError(f"output {folder} is a file; name a folder")
     if place.is_mount():
         raise OutputError(f"output {folder} is a mount point and cannot be put in place in one step; name a folder inside it")
     if place in (Path.cwd(), *Path.cwd().parents):
         raise OutputError(f"output {folder} is the current folder or holds it and could not be replaced; name one inside it")
-    if place.is_dir() and any(place.iterdir()):
-        if not (place / report).is_file():
-            raise OutputError(f"output {folder} holds other files and no earlier result; name a new or an empty folder")
-        if not overwrite:
-            raise OutputError(f"output {folder} already holds a result; add --overwrite to replace it, or name another")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}."):
-            pass
+        with _held(folder, place):  # which also tells whether something can be written there
+            _refuse_files(folder, place, overwrite=overwrite, report=report)
     except (FileExistsError, NotADirectoryError) as error:
         raise OutputError(f"output {folder} cannot be written: {place.parent} is not a folder") from error
     except OSError as error:
@@ -48,40 +42,78 @@ def check_output(folder: Path, *, overwrite: bool, report: str = RESULT) -> None
 def filled_whole(folder: Path, report: str = RESULT) -> Iterator[Path]:
     """A hidden folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
     place = folder.resolve()
-    try:
-        hidden = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        hidden.chmod(0o755)
+    hidden = _new(place)
+    with _held(folder, place):
         try:
+            hidden.mkdir(mode=0o755)
             yield hidden
         except OSError as error:
             if is_of(error, hidden):
                 raise _unwritable(folder, error) from error
             raise
+        else:
+            _refuse_files(folder, place, overwrite=True, report=report)  # again: the job may have taken hours
+            _put(folder, hidden, place)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _refuse_files(folder: Path, place: Path, *, overwrite: bool, report: str) -> None:
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"output {folder} is a file; name a folder")
+    if place.is_dir() and any(place.iterdir()):
+        if not (place / report).is_file():
+            raise OutputError(f"output {folder} holds other files and no earlier result; name a new or an empty folder")
+        if not overwrite:
+            raise OutputError(f"output {folder} already holds a result; add --overwrite to replace it, or name another")
+
+
+def _new(place: Path) -> Path:
+    return place.with_name(f".{place.name}.inc-clusterq-new")
+
+
+def _old(place: Path) -> Path:
+    return place.with_name(f".{place.name}.inc-clusterq-old")
+
+
+@contextmanager
+def _held(folder: Path, place: Path) -> Iterator[None]:
+    """Keep other jobs away from a place. The system ends a lock with its process; what a killed one left is mended first."""
+    file = place.with_name(f".{place.name}.lock")
+    lock = FileLock(file, fallback_to_soft=False)  # a soft lock outlives a killed process
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as busy:
+        raise OutputError(f"output {folder} is being written by another job; wait until it ends, or name another") from busy
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
         if place.exists():
-            check_output(folder, overwrite=True, report=report)  # again: the job may have taken hours
-        try:
-            _put(hidden, place)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
+            shutil.rmtree(_old(place), ignore_errors=True)
+        elif _old(place).exists():
+            _old(place).rename(place)
+        shutil.rmtree(_new(place), ignore_errors=True)
+        yield
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
-def _put(hidden: Path, place: Path) -> None:
-    """Rename a folder over another one, which stays where that fails."""
-    if not place.exists():
-        hidden.rename(place)
-        return
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as beside:
-        old = place.rename(Path(beside) / "old")
+def _put(folder: Path, hidden: Path, place: Path) -> None:
+    """Rename a folder over another one, which stays where that fails, and comes back with the next job after a kill."""
+    old = _old(place)
+    try:
+        if place.exists():
+            place.rename(old)
         try:
             hidden.rename(place)
         except OSError:
-            old.rename(place)
+            if old.exists():
+                old.rename(place)
             raise
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_file(file: Path, content: bytes, beside: Path | None = None) -> None:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +125,50 @@ def test_an_old_result_comes_back_when_the_new_one_cannot_replace_it(tmp_path: P
     with pytest.raises(OutputError, match="cannot be written: Input/output error"), filled_whole(out) as folder:
         fill(folder, "new")
     assert contents(tmp_path) == {f"out/{RESULT}": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_job_does_not_write_where_one_is_writing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with filled_whole(out) as folder:
+        fill(folder)
+        with pytest.raises(OutputError, match="being written by another job"):
+            check_output(out, overwrite=True)
+    assert contents(tmp_path) == {f"out/{RESULT}": "{}"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from inc_clusterq.output import RESULT, filled_whole
+
+step, rename, renamed = int(sys.argv[2]), Path.rename, 0
+
+def kill_behind(self, target):
+    global renamed
+    rename(self, target)
+    renamed += 1
+    if renamed == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Path.rename = kill_behind
+with filled_whole(Path(sys.argv[1])) as folder:
+    (folder / RESULT).write_text("new")
+    if step == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("step", "found"), [(0, "old"), (1, "old"), (2, "new")])
+def test_a_kill_at_any_time_loses_no_result_and_the_next_job_clears_what_is_left(tmp_path: Path, step: int, found: str) -> None:
+    out = tmp_path / "out"
+    fill(out, "old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out), str(step)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] != ["out"]
+    with pytest.raises(OutputError, match="already holds a result"):
+        check_output(out, overwrite=False)
+    assert contents(tmp_path) == {f"out/{RESULT}": found}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
