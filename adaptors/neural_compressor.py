@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from inc_clusterq.environment import installed
 from inc_clusterq.errors import ClusterQError, ModelError
 from inc_clusterq.models import FloatModel
 from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.quiet import quiet
 from inc_clusterq.tuning import Score, Trial, TrialRecord, TuningOutcome, TuningRequest
 
 __all__ = ["MRECGConfig", "NeuralCompressorAdaptor"]
@@ -32,7 +33,7 @@ __all__ = ["MRECGConfig", "NeuralCompressorAdaptor"]
 EXPORT_TOLERANCE = 1e-3  # of the largest output
 MOST_IMAGES_PER_CALL = 4096  # bound of the batch dimension that the exporter is told
 
-logger = logging.getLogger("neural_compressor")
+HOST_LOG = "neural_compressor"  # where the host tells every step, at INFO
 
 
 class NeuralCompressorAdaptor:
@@ -49,7 +50,7 @@ class NeuralCompressorAdaptor:
         example = torch.zeros(2, *model.input.shape)
         dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
         printed = io.StringIO()  # the exporter prints the whole graph where it fails
-        with _quiet(logging.CRITICAL), redirect_stdout(printed), redirect_stderr(printed):
+        with quiet(logging.CRITICAL, HOST_LOG), redirect_stdout(printed), redirect_stderr(printed):
             try:
                 exported = host_export(model.module, (example,), dynamic_shapes=dynamic_shapes)
             except RuntimeError as error:
@@ -69,7 +70,7 @@ class NeuralCompressorAdaptor:
 
     def count_units(self, exported: nn.Module, request: TuningRequest) -> int:
         """Units that the model is cut into; see `Adaptor.count_units`."""
-        with _quiet(logging.WARNING):
+        with quiet(logging.WARNING, HOST_LOG):
             return count_units(_copied(exported), _config(Trial("", request.settings), request, None))
 
     def tune(
@@ -97,7 +98,7 @@ class NeuralCompressorAdaptor:
 
         configs = [_config(trial, request, workspace) for trial in trials]
         tuning = TuningConfig(config_set=configs, tolerable_loss=request.tolerable_loss, max_trials=len(configs))
-        with watched_by(progress), _quiet(logging.WARNING):
+        with watched_by(progress), quiet(logging.WARNING, HOST_LOG):
             model = autotune(exported, tuning, eval_fn=eval_fn, run_fn=_runner(calibration))
         float_score, found = scores[0], scores[1:]
         goal = float_score * (1 - request.tolerable_loss)
@@ -107,19 +108,19 @@ class NeuralCompressorAdaptor:
 
     def quantize_static(self, exported: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
         """The host's static quantization with its defaults; the given graph stays as it is."""
-        with _quiet(logging.ERROR):
+        with quiet(logging.ERROR, HOST_LOG):
             model: nn.Module = host_quantize(_copied(exported), INT8StaticQuantConfig(), run_fn=_runner(calibration))
         return model
 
     def save(self, model: nn.Module, example: Tensor, folder: Path) -> None:
         """Write `qconfig.json` and `quantized_weight.pt` as the host does."""
-        with _quiet(logging.WARNING):
+        with quiet(logging.WARNING, HOST_LOG):
             # A copy of its own: a view would drag the whole calibration set into the file.
             model.save(example_inputs=(example.clone(),), output_dir=str(folder))  # type: ignore[operator]
 
     def load(self, folder: Path) -> nn.Module:
         """The host's loader."""
-        with _quiet(logging.WARNING):
+        with quiet(logging.WARNING, HOST_LOG):
             model: nn.Module = load(str(folder))
         return model
 
@@ -179,14 +180,3 @@ def _last_place(printed: str) -> str:
     """Where in the user's code the exporter stood last, as far as it has printed that."""
     places = re.findall(r"# File: (\S+) in \S+, code: (.+)", printed)
     return f" (at {places[-1][0]}: {places[-1][1].strip()})" if places else ""
-
-
-@contextmanager
-def _quiet(level: int) -> Iterator[None]:
-    """The host logs every step at INFO; while ours runs only what is at least `level` comes through."""
-    before = logger.level
-    logger.setLevel(max(before, level))
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -194,8 +194,9 @@ class AccuracyConfig(_SectionOfFile):
     """A labelled set for scoring trials; never used for calibration."""
 
     dataset: Annotated[str, StringConstraints(pattern=REFERENCE_PATTERN)] = Field(
+        examples=["python:my_module:validation"],
         description="`python:package.module:function` that returns (inputs, labels): a float tensor as the model takes "
-        "it, and class numbers."
+        "it, and class numbers.",
     )
 
 
@@ -266,7 +267,9 @@ class Config(Section):
 
     model: ModelConfig = Field(description="The trained float model.")
     bits: Annotated[str, StringConstraints(pattern=r"^W[2-8]A[2-8]$")] | None = Field(
-        None, description="Short form of `quantization.model_wise`: `W4A8` is 4-bit weights and 8-bit activations."
+        None,
+        examples=["W4A8", "W8A8"],
+        description="Short form of `quantization.model_wise`: `W4A8` is 4-bit weights and 8-bit activations.",
     )
     preset: Preset = Field("balanced", description="Effort of synthesis and reconstruction; keys given below override it.")
     output: Path = Field(Path("saved_results"), description="Folder of the result, relative to the current folder.")

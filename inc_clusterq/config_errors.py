@@ -60,6 +60,8 @@ def _problem(detail: ErrorDetails, at: KeyPath, schema: type[BaseModel]) -> str:
         if value is None:
             return ": is empty; give it keys or delete it"
         return f": {json.dumps(value)} is not a mapping of keys to values"
+    if kind == "string_pattern_mismatch" and (field := _field(at, schema)) is not None and field.examples:
+        return f": {json.dumps(value)} is not allowed; it should look like {' or '.join(map(json.dumps, field.examples))}"
     allowed = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
     allowed = allowed.replace("a valid array", "a list")  # as YAML calls it
     return f": {json.dumps(value)} is not allowed; {allowed}"
@@ -85,7 +87,11 @@ def _nearest(at: KeyPath, schema: type[BaseModel]) -> str:
     return f"known keys here: {', '.join(here)}"
 
 
-def _purpose(at: KeyPath, schema: type[BaseModel]) -> str:
+def _field(at: KeyPath, schema: type[BaseModel]) -> FieldInfo | None:
     section = _section_at(at[:-1], schema)
-    field = keys(section).get(at[-1]) if section is not None else None
+    return keys(section).get(at[-1]) if section is not None else None
+
+
+def _purpose(at: KeyPath, schema: type[BaseModel]) -> str:
+    field = _field(at, schema)
     return field.description or "" if field is not None else ""

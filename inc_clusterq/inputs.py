@@ -66,10 +66,6 @@ class InputSpec:
         """(raw - mean) / std, what the model sees; `raw` has shape (..., *shape)."""
         return (raw - self._per_channel(self.mean, raw)) / self._per_channel(self.std, raw)
 
-    def denormalise(self, x: Tensor) -> Tensor:
-        """x * std + mean, the inverse of `normalise`; `x` has shape (..., *shape)."""
-        return x * self._per_channel(self.std, x) + self._per_channel(self.mean, x)
-
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest and the highest normalised value, (C or 1, 1, ...), on the device and of the dtype of `like`."""
         # In the dtype of `like`, not wider: rounding is monotone, so no normalised value falls outside its bounds.

@@ -29,8 +29,9 @@ def call_reference(reference: str, folder: Path, error: type[UserError]) -> Any:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as missing:
             if missing.name is not None and f"{module_name}.".startswith(f"{missing.name}."):
+                hint = "; write its name without .py" if module_name.endswith(".py") else ""
                 raise error(
-                    f"{reference}: there is no module {missing.name!r} in {folder} or among the installed packages"
+                    f"{reference}: there is no module {missing.name!r} in {folder} or among the installed packages{hint}"
                 ) from missing
             raise error(f"{reference}: {module_name} cannot be imported: {_last_line(missing)}") from missing
         except (Exception, SystemExit) as failure:  # the user's own code: anything can come out of it

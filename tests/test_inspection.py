@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from inc_clusterq.cli import app
 from inc_clusterq.report.figures import first_of_each_class, picture
 from inc_clusterq.synthesis.dataset import SyntheticDataset, load_dataset
-from inc_clusterq.synthesis.store import save_dataset
+from inc_clusterq.synthesis.store import write_dataset
 
 NETS = """
     import torch
@@ -141,7 +141,7 @@ def test_a_set_for_another_input_of_the_same_model_is_refused(bench: Bench) -> N
 def test_code_that_lies_in_a_set_is_not_run(bench: Bench) -> None:
     dataset = load_dataset(bench.folder / "made")
     dataset.manifest["source"]["folder"] = "."
-    save_dataset(bench.folder / "foreign", dataset)
+    write_dataset(bench.folder / "foreign", dataset)
     (bench.folder / "foreign" / f"{bench.module}.py").write_text("raise RuntimeError('run')")
     done = bench.run("inspect", "foreign")
     assert done.exit_code == 2
@@ -151,7 +151,7 @@ def test_code_that_lies_in_a_set_is_not_run(bench: Bench) -> None:
 def without_source(folder: Path) -> None:
     dataset = load_dataset(folder)
     del dataset.manifest["source"]
-    save_dataset(folder.with_name("anonymous"), dataset)
+    write_dataset(folder.with_name("anonymous"), dataset)
 
 
 def test_a_set_that_names_no_model_asks_for_the_yaml(bench: Bench) -> None:
@@ -163,7 +163,7 @@ def test_a_set_that_names_no_model_asks_for_the_yaml(bench: Bench) -> None:
 
 
 def test_a_set_made_by_hand_is_not_taken_for_one_of_this_model(bench: Bench) -> None:
-    save_dataset(bench.folder / "hand", SyntheticDataset(((torch.zeros(4, 1, 8, 8), torch.arange(4)),), {}))
+    write_dataset(bench.folder / "hand", SyntheticDataset(((torch.zeros(4, 1, 8, 8), torch.arange(4)),), {}))
     done = bench.run("inspect", "hand", "--config", "job.yaml")
     assert done.exit_code == 2
     assert "was made for another model" in done.stderr

@@ -58,6 +58,12 @@ def test_a_module_that_is_not_there_is_named_with_the_folder(tmp_path: Path) -> 
         call_reference("python:not_there.nets:net", tmp_path, ModelError)
 
 
+def test_a_module_named_as_a_file_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "zoo_of_nets.py").write_text("def net(): ...")
+    with pytest.raises(ModelError, match=r"there is no module 'zoo_of_nets\.py' in .*; write its name without \.py"):
+        call_reference("python:zoo_of_nets.py:net", tmp_path, ModelError)
+
+
 def test_a_file_with_the_name_of_an_imported_module_is_not_silently_passed_over(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("def net(): ...")
     with pytest.raises(ModelError, match=r"another module 'json' .* is already imported"):

@@ -6,7 +6,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from inc_clusterq.deployment.fusion import clamp_before_quantize
 from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, of_kind, source_operators
 from inc_clusterq.deployment.saved import input_shape
 from inc_clusterq.errors import DeploymentError, ResultError
+from inc_clusterq.quiet import quiet
 
 EXTRA = "onnx"
 MODEL = "model.onnx"
@@ -65,7 +65,8 @@ def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
     example = torch.zeros(2, *input_shape(module))
     shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
     try:
-        with _quiet():
+        # The exporter prints its progress and warns of its own internals.
+        with warnings.catch_warnings(action="ignore"), quiet(logging.ERROR, "torch.onnx", "onnxscript", "onnx_ir"):
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -187,19 +188,3 @@ def _name_operators(model: Any, sources: Sequence[SourceOperator]) -> None:
         del value.metadata_props[:]
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints its progress and warns of its own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 import inc_clusterq.deployment.backend  # noqa: F401
 from inc_clusterq.errors import ResultError
 from inc_clusterq.output import RESULT
+from inc_clusterq.quiet import quiet
 from inc_clusterq.result import FORMAT
 
 PROGRAM = "quantized_weight.pt"  # the host's name
@@ -80,14 +81,11 @@ def read_report(folder: Path) -> Mapping[str, Any]:
 
 def load_program(file: Path) -> ExportedProgram:
     """An exported program from disk."""
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # of a damaged file it writes a traceback before it raises
-    try:
-        with file.open("rb") as stream:  # a name that does not end in .pt2 makes torch warn
-            return torch.export.load(stream)
-    finally:
-        log.setLevel(level)
+    with (
+        quiet(logging.CRITICAL, "torch.export"),  # of a damaged file it writes a traceback before it raises
+        file.open("rb") as stream,  # a name that does not end in .pt2 makes torch warn
+    ):
+        return torch.export.load(stream)
 
 
 def as_module(program: ExportedProgram) -> fx.GraphModule:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
@@ -136,23 +135,9 @@ def cached_folder(cache_dir: Path, request: dict[str, Any]) -> Path:
     return Path(cache_dir) / request_key(request)
 
 
-def save_dataset(folder: Path, dataset: SyntheticDataset) -> SyntheticDataset:
-    """Write a set to `folder`, which must not hold anything yet; returns it with the manifest as written."""
-    folder = Path(folder)
-    _make_folder(folder.parent)
-    sibling = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid4().hex[:8]}")
-    try:
-        with _written(folder, sibling):
-            sibling.mkdir()
-            write_dataset(sibling, dataset)
-            sibling.rename(folder)
-    finally:
-        shutil.rmtree(sibling, ignore_errors=True)
-    return load_dataset(folder)
-
-
 def write_dataset(folder: Path, dataset: SyntheticDataset, source: Mapping[str, Any] | None = None) -> None:
-    """Write all files of a set into an empty folder; `source` takes the place of the manifest's own."""
+    """Write all files of a set into an empty folder, made if need be; `source` goes over the manifest's own."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, dataset.shards, write_shards(folder, dataset), {**dataset.manifest, **(source or {})})
 
 
