@@ -128,11 +128,12 @@ def operators(module: fx.GraphModule, folder: Path) -> list[Operator]:
         real = any(value in dequantized for value in node.input)
         in_int8 = node.op_type in INT8_KERNELS or (node.op_type in MOVES and not real)
         kernels.setdefault(name, (node.op_type, in_int8))
-    grouped = {node.name for node in written.graph.node if node.op_type == "Conv"}
-    return [_operator(source, kernels.get(_node_name(source)), _node_name(source) in grouped) for source in sources]
+    rounded = {node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"}
+    unrounded = {node.name for node in written.graph.node if node.op_type == "Conv" and node.output[0] not in rounded}
+    return [_operator(source, kernels.get(_node_name(source)), _node_name(source) in unrounded) for source in sources]
 
 
-def _operator(source: SourceOperator, kernel: tuple[str, bool] | None, still_convolution: bool) -> Operator:
+def _operator(source: SourceOperator, kernel: tuple[str, bool] | None, unrounded: bool) -> Operator:
     if kernel is None:
         return describe(source, "float", "not found", "ONNX Runtime merged it with another operator")
     name, in_int8 = kernel
@@ -140,7 +141,7 @@ def _operator(source: SourceOperator, kernel: tuple[str, bool] | None, still_con
         return describe(source, "int8", name)
     if source.kind == "addition" and not source.quantizable:
         reason = "the evaluated model adds before it rounds; the product that it adds comes from an int8 kernel"
-    elif source.kind == "convolution" and still_convolution:
+    elif source.kind == "convolution" and unrounded:
         reason = "its unrounded output is read, and ONNX Runtime has no int8 kernel for that where channels are grouped"
     else:
         reason = "ONNX Runtime found no quantize node around it that its int8 kernel needs"

@@ -14,6 +14,9 @@ bias. What stands in the way, and what is done about it; each step leaves the nu
   * The bias of the other convolutions becomes an integer, the only rounding that is added (`onnx_bias.py`). Below 8 bits it
     changes no level; where that is not possible, a dense convolution takes the form of a matrix product too.
   * A mean over the image becomes a global pooling, which has an int8 kernel.
+  * Levels that are rounded once more to those of another scale keep that rounding. ONNX Runtime would take it out, which
+    changes numbers, and leaves the operator behind it with a bias of the wrong scale, for which there is no kernel: a maximum
+    with the least number, between the two, stops it.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ def rewrite(model: ModelProto) -> ModelProto:
     _pool_globally(graph)
     _clip_integers(graph)
     _multiply_integers(graph)
+    _keep_both_roundings(graph)
     used = {name for node in model.graph.node for name in node.input}
     del model.graph.initializer[:]
     model.graph.initializer.extend(
@@ -49,6 +53,21 @@ def rewrite(model: ModelProto) -> ModelProto:
     )
     del model.graph.value_info[:]
     return model
+
+
+def _keep_both_roundings(graph: Graph) -> None:
+    for node in graph.model.graph.node:
+        before = graph.producer.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if before is not None and before.op_type == "DequantizeLinear" and not _same_levels(graph, before, node):
+            least = graph.constant("least", np.full((), np.finfo(np.float32).min, np.float32))
+            node.input[0] = graph.add("Max", [node.input[0], least], f"{node.output[0]}.real", f"{node.name}.keep")
+        graph.nodes.append(node)
+    graph.commit()
+
+
+def _same_levels(graph: Graph, first: NodeProto, second: NodeProto) -> bool:
+    levels = ([graph.constants[name] for name in node.input[1:3]] for node in (first, second))
+    return all(map(np.array_equal, *levels))
 
 
 def _clip_integers(graph: Graph) -> None:

@@ -9,11 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from inc_clusterq.deployment import onnx as target
 from inc_clusterq.deployment.inductor import check_parity
 from inc_clusterq.deployment.onnx_bias import between_borders
 from inc_clusterq.deployment.onnx_graph import Graph
+from inc_clusterq.deployment.onnx_rewrite import rewrite
 from inc_clusterq.deployment.operators import fallbacks
 from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.errors import DeploymentError, MissingDependencyError, ResultError
@@ -142,6 +144,45 @@ def test_borders_that_no_sum_reaches_do_not_narrow_the_bias() -> None:
     never = (np.array([[-1]]), np.array([[1]]))  # sums -8, 0 and 8: all below 10.5
     low, high = between_borders(borders, first, never, 8, np.array([0.25]))
     assert (low[0], high[0]) == (0.25 - 8, 2.5)
+
+
+def test_a_second_rounding_to_other_levels_is_kept_and_what_is_behind_it_runs_in_int8(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    constants = {
+        "scale_1": np.float32(0.0258),
+        "scale_2": np.float32(0.0264),
+        "scale_3": np.float32(0.05),
+        "zero": np.uint8(0),
+        "weight": rng.integers(-127, 128, (8, 4, 1, 1)).astype(np.int8),
+        "weight_scale": rng.uniform(0.005, 0.01, 8).astype(np.float32),
+        "weight_zero": np.zeros(8, np.int8),
+        "bias": rng.normal(size=8).astype(np.float32),
+    }
+    make = onnx.helper.make_node
+    nodes = [
+        make("QuantizeLinear", ["input", "scale_1", "zero"], ["levels_1"]),
+        make("DequantizeLinear", ["levels_1", "scale_1", "zero"], ["once"]),
+        make("QuantizeLinear", ["once", "scale_2", "zero"], ["levels_2"]),
+        make("DequantizeLinear", ["levels_2", "scale_2", "zero"], ["twice"]),
+        make("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["real_weight"], axis=0),
+        make("Conv", ["twice", "real_weight", "bias"], ["sums"], name="conv"),
+        make("QuantizeLinear", ["sums", "scale_3", "zero"], ["levels_3"]),
+        make("DequantizeLinear", ["levels_3", "scale_3", "zero"], ["output"]),
+    ]
+    values = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [1, size, 6, 6]) for name, size in (("input", 4), ("output", 8))]
+    graph = onnx.helper.make_graph(nodes, "twice", ends[:1], ends[1:], values)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    x = rng.uniform(0, 6.5, (1, 4, 6, 6)).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"input": x})[0]  # type: ignore[index]
+
+    rewritten = rewrite(model).SerializeToString()
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    found = onnxruntime.InferenceSession(rewritten, settings, providers=["CPUExecutionProvider"]).run(None, {"input": x})[0]
+    assert np.abs(found - expected).max() <= 0.0501  # the bias is rounded, which moves a sum by one level at most
+    assert np.mean(np.abs(found - expected) > 0.001) < 0.01
+    assert "QLinearConv" in {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
 
 
 def test_a_missing_run_time_is_named_with_its_extra(
