@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from inc_clusterq.progress import SILENT, Progress, Stage
 
@@ -35,7 +36,7 @@ class RichProgress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
+            _TimeLeft(),
             TextColumn("{task.fields[note]}", style="dim"),
             console=console,
         )
@@ -47,7 +48,7 @@ class RichProgress:
         if self._open == 0:
             self._bars.start()
         self._open += 1
-        task = self._bars.add_task(escape(title), total=total, note="")
+        task = self._bars.add_task(escape(title), total=total, note="", skipped=0)
         try:
             yield _Bar(self._bars, task)
         finally:
@@ -60,13 +61,34 @@ class RichProgress:
 
 class _Bar:
     def __init__(self, bars: Bars, task: TaskID) -> None:
-        self._bars, self._task = bars, task
+        self._bars, self._task, self._skipped = bars, task, 0
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._bars.update(self._task, advance=steps, note=escape(note))
 
     def skip(self, steps: int, note: str = "") -> None:
+        self._skipped += steps
+        self._bars.update(self._task, skipped=self._skipped)
         self.advance(steps, note)
+
+
+class _TimeLeft(ProgressColumn):
+    """Minutes and seconds, or hours before them; nothing before the first step that was done and not skipped."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = _seconds_left(task.elapsed or 0.0, int(task.completed), task.fields["skipped"], int(task.total or 0))
+        if left is None:
+            return Text("--:--", style="progress.remaining")
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        return Text(f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}", style="progress.remaining")
+
+
+def _seconds_left(elapsed: float, done: int, skipped: int, total: int) -> float | None:
+    """At the speed of the steps that took time; None where there are none yet."""
+    return elapsed / (done - skipped) * max(total - done, 0) if done > skipped else None
 
 
 class LineProgress:
@@ -100,8 +122,9 @@ class _Line:
         if now - self._last < QUIET_SECONDS:
             return
         self._last = now
-        left = (now - self._start) / max(self._done - self._skipped, 1) * max(self._total - self._done, 0)
-        self._print(f"{self._done}/{self._total}, about {left:.0f} s left" + (f", {note}" if note else ""))
+        left = _seconds_left(now - self._start, self._done, self._skipped, self._total)
+        told = "" if left is None else f", about {left:.0f} s left"
+        self._print(f"{self._done}/{self._total}{told}" + (f", {note}" if note else ""))
 
     def end(self) -> None:
         self._print(f"done in {time.monotonic() - self._start:.0f} s")

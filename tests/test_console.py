@@ -4,8 +4,9 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.progress import Task, TaskID
 
-from inc_clusterq.console import LineProgress, RichProgress, progress_on
+from inc_clusterq.console import LineProgress, RichProgress, _TimeLeft, progress_on
 from inc_clusterq.progress import SILENT
 
 
@@ -51,6 +52,27 @@ def test_steps_that_took_no_time_do_not_count_for_the_time_left(monkeypatch: pyt
         stage.skip(6, "resumed")
         stage.advance(2)
     assert shown(on).splitlines()[1] == "Unit: 8/10, about 40 s left"
+
+
+def test_a_bar_counts_them_as_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    on, clock = console(terminal=True), [0.0]
+    watcher = RichProgress(on)
+    monkeypatch.setattr(watcher._bars, "get_time", lambda: clock[0])
+    with watcher.stage("Unit", 10) as stage:
+        stage.skip(6, "resumed")
+        clock[0] = 80.0
+        stage.advance(2)
+    last = shown(on).rsplit("8/10", 1)[1]
+    assert "01:20" in last  # at 40 seconds for each of the two
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "00:00"), (59.6, "01:00"), (3599, "59:59"), (36_061, "10:01:01")])
+def test_the_time_left_is_read_at_a_glance(seconds: float, text: str) -> None:
+    task = Task(TaskID(0), "", 2, 1, _get_time=lambda: seconds, fields={"skipped": 0})
+    task.start_time = 0.0
+    assert str(_TimeLeft().render(task)) == text
+    task.completed = 0
+    assert str(_TimeLeft().render(task)) == "--:--"
 
 
 def test_a_stage_that_fails_is_not_called_done() -> None:

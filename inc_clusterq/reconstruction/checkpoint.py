@@ -31,7 +31,7 @@ from inc_clusterq.resuming import State
 
 logger = logging.getLogger(__name__)
 
-CHECKSUM = "sha256"  # key in a file's metadata
+CHECKSUM, TORCH, SECONDS = "sha256", "torch", "seconds"  # keys in a file's metadata
 FORMAT = 6  # raised whenever the meaning of a file or the course of the optimisation changes
 MIXTURES_FORMAT = 2  # the same, where it changes for units that learn from mixtures and for no others
 # These choose units, where their tensors are kept, or what comes after the last of them.
@@ -82,22 +82,23 @@ class Chain:
         """The unit's own source of random numbers."""
         return torch.Generator(device).manual_seed(int(self.key[:15], 16))
 
-    def restore(self, module: nn.Module) -> bool:
-        """Set the unit's quantizers to what is on disk; False where nothing whole is."""
+    def restore(self, module: nn.Module) -> float | None:
+        """Set the unit's quantizers to what is on disk, and tell the seconds that it took; None where nothing whole is."""
         if self.folder is None or not self._file.exists():
-            return False
+            return None
         try:
-            state = _read(self._file)
+            state, about = _read(self._file)
+            seconds = float(about[SECONDS])
             found = [(quantizer, _values(state, name, quantizer)) for name, quantizer in _named_quantizers(module)]
         except (SafetensorError, KeyError, RuntimeError, ValueError, OSError) as error:
             logger.warning("%s cannot be used (%s); the unit is computed again", self._file, error)
-            return False
+            return None
         for quantizer, values in found:  # all of them or none
             quantizer.fix(*values)
-        return True
+        return seconds
 
-    def keep(self, module: nn.Module) -> None:
-        """Write the unit's quantizers; the file appears when it is whole, and `keep_state`'s goes."""
+    def keep(self, module: nn.Module, seconds: float) -> None:
+        """Write the unit's quantizers and what they took; the file appears when it is whole, and `keep_state`'s goes."""
         if self.folder is None:
             return
         state: dict[str, Tensor] = {}
@@ -112,7 +113,7 @@ class Chain:
                 scale, zero_point = quantizer.deployed()
                 state[f"{name}.scale"] = torch.tensor(scale)
                 state[f"{name}.zero_point"] = torch.tensor(zero_point)
-        _write(self._file, state)
+        _write(self._file, state, {SECONDS: f"{seconds:.3f}"})
         self._unfinished.unlink(missing_ok=True)
 
     def found_state(self) -> State | None:
@@ -120,7 +121,7 @@ class Chain:
         if self.folder is None or not self._unfinished.exists():
             return None
         try:
-            return _read(self._unfinished)
+            return _read(self._unfinished)[0]
         except (SafetensorError, ValueError, OSError) as error:
             logger.warning("%s cannot be used (%s); the unit is begun anew", self._unfinished, error)
             return None
@@ -128,7 +129,7 @@ class Chain:
     def keep_state(self, state: State) -> None:
         """Write from where a unit on its way goes on, in place of what was kept before."""
         if self.folder is not None:
-            _write(self._unfinished, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+            _write(self._unfinished, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, {})
 
     @property
     def _file(self) -> Path:
@@ -159,22 +160,27 @@ def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[
     return float(scale), int(state[f"{name}.zero_point"])
 
 
-def _write(file: Path, state: dict[str, Tensor]) -> None:
+def _write(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, save(state, {CHECKSUM: _checksum(state)}))
+        replace_file(file, save(state, {**about, CHECKSUM: _checksum(state), TORCH: str(torch.__version__)}))
     except OSError as error:
         raise OutputError(f"cannot write to the workspace {file.parent}: {error.strerror or error}") from error
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a unit's file; ValueError where they are not those that were written."""
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a unit's file and what is told of them; ValueError where they are not those that were written.
+
+    Another version of torch would have computed other last digits: with units of both, no job could be repeated to the bit.
+    """
     state = load_file(file)
     with safe_open(file, "pt") as opened:
-        written = (opened.metadata() or {}).get(CHECKSUM)
-    if written != _checksum(state):
+        about: dict[str, str] = opened.metadata() or {}
+    if about.get(CHECKSUM) != _checksum(state):
         raise ValueError("its checksum is wrong")
-    return state
+    if about.get(TORCH) != str(torch.__version__):
+        raise ValueError(f"it was made with torch {about.get(TORCH)}, and this is {torch.__version__}")
+    return state, about
 
 
 def _checksum(state: dict[str, Tensor]) -> str:

@@ -47,6 +47,11 @@ def quantizers(module: nn.Module) -> Iterator[Quantizer]:
             yield child
 
 
+def lowest_bits(module: nn.Module) -> int:
+    """Of a module's weights and activations; 32 where it computes in float."""
+    return min((quantizer.bits for quantizer in quantizers(module)), default=32)
+
+
 def simulated(module: nn.Module) -> Iterator[Simulated]:
     """Each quantizer and each bias correction of a module once, in graph order."""
     for child in module.modules():

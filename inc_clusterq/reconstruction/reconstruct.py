@@ -36,7 +36,7 @@ from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
     in_mode,
     initialise_activations,
-    quantizers,
+    lowest_bits,
     set_mode,
     simulated,
 )
@@ -60,8 +60,8 @@ class UnitReport:
     capacity: float  # ModCap
     loss: float  # after hard rounding and before the pass end to end, over all calibration images with their views
     relative_loss: float  # the same, in units of the targets' own power
-    seconds: float
-    resumed: bool  # taken from disk
+    seconds: float  # in whichever run computed it
+    resumed: bool  # taken from disk, where this run or an earlier one had put it
 
 
 @dataclass(frozen=True)
@@ -182,15 +182,15 @@ class _Loop:
                 targets = _forward(module, float_inputs, Mode.FLOAT, self.inputs.device, shelf)
                 chain = chain.next(unit)
                 label = f"unit {number}/{len(units)} {unit.name}"
-                resumed = chain.restore(module)
-                if resumed:
+                found = chain.restore(module)
+                if found is not None:
                     stage.skip(self.settings.iterations, f"{label} (from disk)")
                 else:
                     weights = self._weights(units[number:], targets, chain, shelf)
                     flow = Flow(float_inputs, quantized_inputs, targets, weights, *images)
                     start_unit(self.quantized, unit, float_inputs, quantized_inputs, self.settings, settled, FORWARD_BATCH)
                     optimise(module, flow, self.settings, chain.generator(self.inputs.device), stage, label, settled)
-                    chain.keep(module)
+                    chain.keep(module, time.perf_counter() - began)
                     del flow, weights  # the next unit's take their place in memory
                 settled.update(simulated(module))
                 outputs = _forward(module, quantized_inputs, Mode.HARD, self.inputs.device, shelf)
@@ -199,12 +199,12 @@ class _Loop:
                     UnitReport(
                         unit.name,
                         tuple(layer.name for layer in unit.layers),
-                        min((quantizer.bits for quantizer in quantizers(module)), default=32),  # 32: a unit in float
+                        lowest_bits(module),
                         modcap(unit, self.quantized.bits, self.settings.stride_factor),
                         loss,
                         loss / power if power else 0.0,
-                        time.perf_counter() - began,
-                        resumed,
+                        time.perf_counter() - began if found is None else found,
+                        found is not None,
                     )
                 )
                 logger.info("%s: loss %.4g in %.1f s", label, loss, reports[-1].seconds)
@@ -223,14 +223,16 @@ class _Loop:
         module = extract(self.quantized.graph_module, whole)
         chain = run.chain.next(whole, f" {steps} {rate}")
         with self.progress.stage("Learning end to end", steps) as stage:
-            if resumed := chain.restore(module):
+            found = chain.restore(module)
+            if found is not None:
                 stage.skip(steps, "from disk")
                 after = loss_as_deployed(module, self.inputs, run.targets)
             else:
                 after = learn_end_to_end(module, self.inputs, run.targets, self.settings, steps, before, chain, stage)
-                chain.keep(module)
+                chain.keep(module, time.perf_counter() - began)
         logger.info("end to end: loss %.4g, before %.4g", after, before)
-        return EndToEnd(before / power, after / power, steps, time.perf_counter() - began, resumed)
+        seconds = time.perf_counter() - began if found is None else found
+        return EndToEnd(before / power, after / power, steps, seconds, found is not None)
 
     def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
         """Weights of the loss of the unit before `behind`, as the settings ask for."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -106,9 +107,10 @@ def test_a_killed_run_continues_and_ends_bit_identical(
 
 def test_a_finished_run_is_read_from_disk_as_it_was(job: Callable[[str], Job], quick: Quick, tmp_path: Path) -> None:
     work = job("residual")
-    _, expected, outputs = work.run(tmp_path, quick())
+    first, expected, outputs = work.run(tmp_path, quick())
     report, found, again = work.run(tmp_path, quick())
     assert all(unit.resumed for unit in report.units)
+    assert [unit.seconds for unit in report.units] == pytest.approx([unit.seconds for unit in first.units], abs=0.05)
     assert_equal(found, expected)
     assert torch.equal(again, outputs)
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors"}
@@ -134,7 +136,13 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [shorten, empty, lose_a_tensor, flip_a_bit])
+def of_another_torch(file: Path) -> None:
+    with safe_open(file, "pt") as opened:
+        about = {**opened.metadata(), "torch": "1.0"}
+    save_file(load_file(file), file, about)
+
+
+@pytest.mark.parametrize("damage", [shorten, empty, lose_a_tensor, flip_a_bit, of_another_torch])
 def test_a_damaged_unit_is_computed_again_with_a_warning(
     job: Callable[[str], Job],
     quick: Quick,
