@@ -69,7 +69,7 @@ class NeuralCompressorAdaptor:
         return exported
 
     def count_units(self, exported: nn.Module, request: TuningRequest) -> int:
-        """Units that the model is cut into; see `Adaptor.count_units`."""
+        """Units that a trial can raise to 8 bits; see `Adaptor.count_units`."""
         with quiet(logging.WARNING, HOST_LOG):
             return count_units(_copied(exported), _config(Trial("", request.settings), request, None))
 

@@ -38,9 +38,9 @@ from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan, LayerBits
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.granularity import explicit_units
-from inc_clusterq.reconstruction.graph import Unit, is_observer, partition
+from inc_clusterq.reconstruction.graph import Unit, extract, is_observer, partition
 from inc_clusterq.reconstruction.mixing import without_data
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers, lowest_bits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
@@ -127,6 +127,9 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         (images,) = (*inputs, *named.values())
+        if images.shape[1:] != example.shape[1:]:
+            found, wanted = tuple(images.shape[1:]), tuple(example.shape[1:])
+            raise ModelError(f"calibration images have shape {found} each; the model was exported for {wanted}")
         batches.append(images.detach().clone())  # a loader may fill the same tensor again
         synthetic.append(are_synthetic())
 
@@ -144,8 +147,12 @@ def _random_input(exported: fx.GraphModule) -> Tensor:
     if len(inputs) != 1:
         raise ModelError(f"the model has {len(inputs)} inputs; only models with one image tensor as input can be quantized")
     shape = inputs[0].meta["val"].shape
-    batch = shape[0] if isinstance(shape[0], int) else 2
-    numbers = torch.randn(batch, *(int(size) for size in shape[1:]), generator=torch.Generator().manual_seed(0))
+    if isinstance(shape[0], int):  # images pass in batches of our size, and of the user's once it is saved
+        raise ModelError(
+            f"the model was exported for batches of {shape[0]} alone; give the host's export dynamic_shapes="
+            "loader.dynamic_shapes, or ({0: torch.export.Dim('batch')},)"
+        )
+    numbers = torch.randn(2, *(int(size) for size in shape[1:]), generator=torch.Generator().manual_seed(0))
     return torch.cat([numbers[:1], numbers[1:].abs()])
 
 
@@ -171,8 +178,8 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     if config.fallback_units:
         ranking = settings.model_copy(update={"end_to_end_iterations": 0})  # behind the units, which are shared
         reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, ranking, config, calibration)[1]
-        most = min(FULL_BITS, settings.weight_ceiling)
-        plan = _with_fallback(plan, reconstruction, config.fallback_units, most, _quantizable(partition(prepared)))
+        quantizable = _quantizable(partition(prepared))
+        plan = _with_fallback(plan, reconstruction, config.fallback_units, _most_bits(settings), quantizable)
     converted, reconstruction = _reconstruct(prepared, inputs, plan, settings, config, calibration)
     converted.dynamic_shapes = calibration.dynamic_shapes
     converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
@@ -195,7 +202,6 @@ def _reconstruct(
         parameter.requires_grad_(False)
     quantized = _installed(prepared, plan, settings)
     _assert_unchanged(prepared, calibration)
-    _assert_any_batch(prepared, calibration.example)
     device = _moved(prepared, calibration.example)
     store = UnitStore(Path(config.workspace) if config.workspace else None)
     reconstruction = reconstruct(
@@ -222,7 +228,7 @@ def _moved(prepared: fx.GraphModule, example: Tensor) -> torch.device:
 
 
 def count_units(exported: nn.Module, config: MRECGConfig) -> int:
-    """Most units that are reconstructed: those of its granularity, before pairs of them are joined.
+    """Units with fewer bits than `fallback_units` gives them: those of the granularity, before pairs of them are joined.
 
     Raises:
         ModelError: `config` names layers that the model does not have, or units that it cannot have; or the host's preparation
@@ -234,7 +240,13 @@ def count_units(exported: nn.Module, config: MRECGConfig) -> int:
     settings = config.reconstruction_settings()
     quantized = _installed(prepared, config.bit_plan(), settings)
     _assert_unchanged(prepared, calibration)
-    return len(base_units(quantized, settings))
+    units = (extract(quantized.graph_module, unit) for unit in base_units(quantized, settings))
+    return sum(lowest_bits(unit) < _most_bits(settings) for unit in units)
+
+
+def _most_bits(settings: ReconstructionSettings) -> int:
+    """Of a unit that was raised."""
+    return min(FULL_BITS, settings.weight_ceiling)
 
 
 def _installed(prepared: fx.GraphModule, plan: BitPlan, settings: ReconstructionSettings) -> QuantizedGraph:
@@ -256,18 +268,6 @@ def _assert_unchanged(prepared: fx.GraphModule, calibration: _Calibration) -> No
             f"{FLOAT_TOLERANCE:g} is allowed); the model holds an operator that the host's preparation changes, or writes "
             "through a view of another tensor (x[:, 0] = 0)"
         )
-
-
-@torch.no_grad()
-def _assert_any_batch(prepared: nn.Module, example: Tensor) -> None:
-    """Images pass in batches of our size, not of the one that the model was exported with."""
-    try:
-        prepared(torch.cat([example, example[:1]]))
-    except RuntimeError as error:
-        raise ModelError(
-            f"the model was exported for batches of {len(example)} alone; give the host's export dynamic_shapes="
-            "loader.dynamic_shapes, or ({0: torch.export.Dim('batch')},)"
-        ) from error
 
 
 def _quantizable(units: Sequence[Unit]) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from neural_compressor.common.base_config import config_registry, register_config
 from neural_compressor.common.utils import DEFAULT_WHITE_LIST
 from neural_compressor.torch.quantization.config import FRAMEWORK_NAME, TorchBaseConfig
+from pydantic import ValidationError
 from torch import nn
 
 from inc_clusterq.errors import ClusterQError
@@ -127,7 +128,12 @@ class MRECGConfig(TorchBaseConfig):
     def reconstruction_settings(self) -> ReconstructionSettings:
         """Preset, settings and granularity as one validated object."""
         preset = ReconstructionSettings.PRESETS[self.preset]
-        return ReconstructionSettings.model_validate({**preset, **self.settings, "granularity": self.granularity})
+        try:
+            return ReconstructionSettings.model_validate({**preset, **self.settings, "granularity": self.granularity})
+        except ValidationError as error:
+            found = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in found["loc"]) or "MRECGConfig"
+            raise ValueError(f"{key} is {found['input']!r}; {found['msg'].replace('Input should', 'it should')}") from error
 
     def bit_plan(self) -> BitPlan:
         """Bits as the reconstruction takes them."""

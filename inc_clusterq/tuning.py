@@ -32,7 +32,7 @@ class TuningRequest:
     settings: ReconstructionSettings
     layers: Mapping[str, LayerBits] = field(default_factory=dict)
     kinds: Mapping[str, LayerBits] = field(default_factory=dict)  # of all layers of a kind, see `Layer.kind`
-    units: int | None = None  # that the model is cut into, before any are joined; None: not known
+    units: int | None = None  # with fewer bits than they can get, before any are joined; None: not known
     max_trials: int = 3
     tolerable_loss: float = 0.01  # relative to the float model's score, the host's criterion
     seed: int = 1978
@@ -89,7 +89,7 @@ class Adaptor(Protocol):
         """The float model in the host's form. Raises ModelError where the host cannot take it."""
 
     def count_units(self, exported: nn.Module, request: TuningRequest) -> int:
-        """Units that the model is cut into, before any are joined.
+        """Units that a trial can raise to 8 bits, before any are joined.
 
         Raises:
             ModelError: the request names layers that the model does not have, or units that it cannot have.

@@ -26,12 +26,13 @@ class MRECGStrategy:
         fixed = request.settings.granularity
         granularities = (fixed,) if fixed else ("modcap", "loss")
         proposals = [Trial(name, _with_granularity(request.settings, name)) for name in granularities]
-        if request.lowest_bits < FULL_BITS:
+        if request.lowest_bits < FULL_BITS and request.units != 0:
             settings = proposals[-1].settings
             units, most = 1, request.units or sys.maxsize
             while len(proposals) < request.max_trials and units < 2 * most:
                 raised = min(units, most)
-                label = f"{granularities[-1]}, {raised} unit{'s' if raised > 1 else ''} at {FULL_BITS} bits"
+                how_many = "all units" if raised == most else f"{raised} unit{'s' if raised > 1 else ''}"
+                label = f"{granularities[-1]}, {how_many} at {FULL_BITS} bits"
                 proposals.append(Trial(label, settings, raised))
                 units *= 2
         return proposals[: request.max_trials]

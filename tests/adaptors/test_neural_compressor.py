@@ -220,7 +220,10 @@ def test_units_are_counted_and_names_are_checked_before_anything_is_calibrated(n
     adaptor, settings = NeuralCompressorAdaptor(), ReconstructionSettings()
     exported = adaptor.export(FloatModel("net", module, InputSpec((3, 8, 8), -2.0, 2.0), 5, ""))
     before = str(exported.graph)
-    assert adaptor.count_units(exported, TuningRequest(4, 4, settings)) == 4
+    assert adaptor.count_units(exported, TuningRequest(4, 4, settings)) == 2  # of 4: first and last have 8 bits
+    assert adaptor.count_units(exported, TuningRequest(8, 8, settings)) == 0
+    assert adaptor.count_units(exported, TuningRequest(8, 8, settings, layers={"fc": LayerBits(4)})) == 1
+    assert adaptor.count_units(exported, TuningRequest(7, 8, settings.model_copy(update={"weight_ceiling": 7}))) == 0
     with pytest.raises(ModelError, match=r"does not have: one\.conv1; did you mean one\.conv1\.0"):
         adaptor.count_units(exported, TuningRequest(4, 4, settings, layers={"one.conv1": LayerBits(8)}))
     explicit = ReconstructionSettings.model_validate({"granularity": "explicit", "explicit_units": [["one.conv1.0", "fcc"]]})

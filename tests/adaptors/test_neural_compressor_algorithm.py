@@ -185,7 +185,7 @@ def test_a_model_with_several_inputs_is_refused() -> None:
 
 def test_a_model_without_weights_is_refused() -> None:
     inputs = torch.randn(4, 3, 8, 8)
-    exported = export(nn.Sequential(nn.ReLU(), nn.Flatten()), (inputs,))
+    exported = export(nn.Sequential(nn.ReLU(), nn.Flatten()), (inputs,), dynamic_shapes=DYNAMIC)
     with pytest.raises(ModelError, match="no convolution or linear operator"):
         quantize(exported, MRECGConfig(), run_fn=lambda model: model(inputs))
 
@@ -251,13 +251,20 @@ class Shaped(nn.Module):
         return (out, h) if self.paired else out
 
 
-def test_a_model_exported_for_one_batch_size_is_taken_where_it_takes_others_too(inputs: Tensor) -> None:
-    config = MRECGConfig(**QUICK)  # type: ignore[arg-type]
-    fixed = export(Shaped(viewed=True).eval(), (inputs[:2],))
+@pytest.mark.parametrize("viewed", [False, True])
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_model_exported_for_one_batch_size_is_refused_before_it_is_calibrated(
+    inputs: Tensor, viewed: bool, batch: int
+) -> None:
+    fixed = export(Shaped(viewed=viewed).eval(), (inputs[:2],))
     with pytest.raises(ModelError, match=r"exported for batches of 2 alone; .* dynamic_shapes=loader.dynamic_shapes"):
-        quantize(fixed, config, run_fn=lambda model: model(inputs[:2]))
-    free = export(Shaped().eval(), (inputs[:2],))
-    assert quantize(free, config, run_fn=lambda model: model(inputs[:2])) is not None
+        quantize(fixed, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs[:batch]))  # type: ignore[arg-type]
+
+
+def test_calibration_images_of_another_size_are_refused(inputs: Tensor) -> None:
+    model = export(Shaped().eval(), (inputs[:2],), dynamic_shapes=DYNAMIC)
+    with pytest.raises(ModelError, match=r"have shape \(3, 4, 4\) each; the model was exported for \(3, 8, 8\)"):
+        quantize(model, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs[:, :, ::2, ::2]))  # type: ignore[arg-type]
 
 
 def test_a_model_that_returns_more_than_a_tensor_is_refused(inputs: Tensor) -> None:

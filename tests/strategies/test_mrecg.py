@@ -46,7 +46,14 @@ def test_there_is_at_least_one_trial_and_never_more_than_allowed(most: int, bits
 @pytest.mark.parametrize(("units", "raised"), [(1, [1]), (4, [1, 2, 4]), (19, [1, 2, 4, 8, 16, 19])])
 def test_the_last_trial_has_all_units_at_8_bits(units: int, raised: list[int]) -> None:
     request = TuningRequest(4, 4, ReconstructionSettings(), units=units, max_trials=100)
-    assert summary(list(MRECGStrategy().trials(request)))[2:] == [("loss", count) for count in raised]
+    found = list(MRECGStrategy().trials(request))
+    assert summary(found)[2:] == [("loss", count) for count in raised]
+    assert found[-1].label == "loss, all units at 8 bits"
+
+
+def test_where_no_unit_can_get_more_bits_there_is_nothing_to_fall_back_to() -> None:
+    absent = TuningRequest(8, 8, ReconstructionSettings(), kinds={"grouped": LayerBits(4)}, units=0, max_trials=9)
+    assert summary(list(MRECGStrategy().trials(absent))) == [("modcap", 0), ("loss", 0)]
 
 
 def test_a_single_layer_below_8_bits_is_enough_to_fall_back() -> None:
