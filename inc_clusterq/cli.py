@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from inc_clusterq.progress import Progress
 
 INTERNAL_ERROR = 1
 INTERRUPTED = 130
+TERMINATED = 143
 
 app = typer.Typer(
     help="Data-free low-bit quantization of CNNs in Intel Neural Compressor.",
@@ -230,6 +232,7 @@ def _job(*, quiet: bool = True, debug: bool, resumes: bool = False) -> Iterator[
     """
     _set_logs(debug=debug)
     errors = _console(stderr=True)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield progress_on(errors, quiet=quiet)
     except (Exception, KeyboardInterrupt) as error:
@@ -238,6 +241,16 @@ def _job(*, quiet: bool = True, debug: bool, resumes: bool = False) -> Iterator[
         message, status = _outcome(error, resumes=resumes)
         errors.print(f"inc-clusterq: {message}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(status) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send; what is on the way is put away as after Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -247,8 +260,9 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _outcome(error: BaseException, *, resumes: bool) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
+        word, status = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
         kept = "finished parts are kept in the workspace, the same command resumes from them"
-        return f"interrupted; {kept if resumes else 'nothing is left half-written'}", INTERRUPTED
+        return f"{word}; {kept if resumes else 'nothing is left half-written'}", status
     if isinstance(error, ClusterQError):
         return str(error), error.exit_status
     text = " ".join(str(error).split())

@@ -269,7 +269,7 @@ class Config(Section):
     bits: Annotated[str, StringConstraints(pattern=r"^W[2-8]A[2-8]$")] | None = Field(
         None,
         examples=["W4A8", "W8A8"],
-        description="Short form of `quantization.model_wise`: `W4A8` is 4-bit weights and 8-bit activations.",
+        description="Short form of `quantization.model_wise`: `W4A8` is 4-bit weights and 8-bit activations; each 2 to 8.",
     )
     preset: Preset = Field("balanced", description="Effort of synthesis and reconstruction; keys given below override it.")
     output: Path = Field(Path("saved_results"), description="Folder of the result, relative to the current folder.")

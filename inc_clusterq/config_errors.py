@@ -16,12 +16,16 @@ from inc_clusterq.yaml_file import KeyPath, YamlFile
 
 def explain(error: ValidationError, file: YamlFile, schema: type[BaseModel]) -> str:
     """All problems of one file in one message, in the order of its lines."""
-    problems: list[tuple[int, str]] = []
+    told: dict[KeyPath, str] = {}
     for detail in error.errors(include_url=False):
-        at = tuple(str(part) for part in detail["loc"])
+        at = _place(tuple(str(part) for part in detail["loc"]), detail["type"], schema)
+        problem = _problem(detail, at, schema)
+        told[at] = f"{told[at]} or {problem.partition('; it should be ')[2]}" if at in told else problem
+    problems: list[tuple[int, str]] = []
+    for at, problem in told.items():
         line = next((file.lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in file.lines), 0)
         where = f"line {line}: " if line else ""
-        problems.append((line, f"{where}{'.'.join(at)}{_problem(detail, at, schema)}"))
+        problems.append((line, f"{where}{'.'.join(at)}{problem}"))
     if len(problems) == 1:
         return f"{file.path}, {problems[0][1]}"
     return "\n  ".join([f"{file.path} has {len(problems)} problems:", *(text for _, text in sorted(problems))])
@@ -48,10 +52,22 @@ def _section_of(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
     return (models[0] if models else None), get_origin(field.annotation) is dict
 
 
+def _place(at: KeyPath, kind: str, schema: type[BaseModel]) -> KeyPath:
+    """Where a problem is in terms of the YAML: without the kinds of value that a key may have, one of which was tried."""
+    for length in range(1, len(at)):
+        field = _field(at[:length], schema)
+        if field is not None and _section_of(field)[0] is None:  # below it there are no keys
+            inner = () if kind == "missing" else tuple(part for part in at[length:] if part.isdigit())
+            return at[:length] + inner
+    return at[:-1] if at and at[-1] == "[key]" else at
+
+
 def _problem(detail: ErrorDetails, at: KeyPath, schema: type[BaseModel]) -> str:
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
         return f": unknown key; {_nearest(at, schema)}"
+    if kind == "missing" and at != detail["loc"]:
+        return ": has too few values"
     if kind == "missing":
         return ": is missing; " + _purpose(at, schema)
     if kind == "value_error":
@@ -60,8 +76,9 @@ def _problem(detail: ErrorDetails, at: KeyPath, schema: type[BaseModel]) -> str:
         if value is None:
             return ": is empty; give it keys or delete it"
         return f": {json.dumps(value)} is not a mapping of keys to values"
-    if kind == "string_pattern_mismatch" and (field := _field(at, schema)) is not None and field.examples:
-        return f": {json.dumps(value)} is not allowed; it should look like {' or '.join(map(json.dumps, field.examples))}"
+    if kind in ("string_pattern_mismatch", "string_type") and (field := _field(at, schema)) is not None and field.examples:
+        forms = " or ".join(map(json.dumps, field.examples))
+        return f": {json.dumps(value)} is not allowed; it should look like {forms} ({field.description})"
     allowed = detail["msg"].replace("Input should", "it should").replace("String should", "it should")
     allowed = allowed.replace("a valid array", "a list")  # as YAML calls it
     return f": {json.dumps(value)} is not allowed; {allowed}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
+from inc_clusterq.errors import DatasetError, ModelError
 from inc_clusterq.modes import evaluated
 from inc_clusterq.tuning import Score
 
@@ -27,9 +28,20 @@ def predictions(
     model: nn.Module,
     inputs: Tensor,  # shape: (N, *shape)
 ) -> Tensor:
-    """Class of each input, shape (N,)."""
+    """Class of each input, shape (N,).
+
+    Raises:
+        ModelError: the model returns something else than logits.
+    """
     as_deployed = kernel_arithmetic(model)
-    return torch.cat([as_deployed(batch).argmax(1) for batch in inputs.split(BATCH)])
+    classes = []
+    for batch in inputs.split(BATCH):
+        logits = as_deployed(batch)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(f"the model returns {found}; what is scored must return one tensor of class logits, (N, classes)")
+        classes.append(logits.argmax(1))
+    return torch.cat(classes)
 
 
 def accuracy(inputs: Tensor, labels: Tensor) -> Score:
@@ -47,13 +59,17 @@ def agreement(
 ) -> Score:
     """Share of `images` to which a model gives the class that `float_model` gives; the float model scores 1.
 
-    `images` may be a loader such as `ClusterQDataLoader`; it is read at the first call.
+    `images` may be a loader such as `ClusterQDataLoader`; it is read at the first call, which raises DatasetError where it is
+    empty.
     """
     known: list[tuple[Tensor, Tensor]] = []
 
     def score(model: nn.Module) -> float:
         if not known:
-            inputs = images if isinstance(images, Tensor) else torch.cat([batch for batch, _ in images])
+            batches = [images] if isinstance(images, Tensor) else [batch for batch, _ in images]
+            if not any(len(batch) for batch in batches):
+                raise DatasetError("there are no images to compare models on")
+            inputs = torch.cat(batches)
             with evaluated(float_model):
                 known.append((inputs, predictions(float_model, inputs)))
         inputs, expected = known[0]

@@ -138,7 +138,7 @@ def inspect(
             measure(theirs, teacher, model.input, noise, ranges) if theirs else None,
             real or "",
         )
-        with filled_whole(output, REPORT) as folder:
+        with filled_whole(output, overwrite=overwrite, report=REPORT) as folder:
             (folder / REPORT).write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
             (folder / PAGE).write_text(_page(found, model, opened, ours, theirs), encoding="utf-8")
         stage.advance(1, "page")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from pathlib import Path
 from zipfile import BadZipFile
@@ -15,12 +16,18 @@ from inc_clusterq.errors import DatasetError
 from inc_clusterq.models import FloatModel
 from inc_clusterq.references import call_reference
 
+logger = logging.getLogger(__name__)
+
+OUTSIDE = 0.01  # of the range: so far beyond it come resized and rounded images of the sensor
+
 
 def load_labelled(config: AccuracyConfig, model: FloatModel) -> tuple[Tensor, Tensor]:
     """Inputs (N, *shape), float32, normalised as the model takes them, and labels (N,), int64; or DatasetError."""
     found = call_reference(config.dataset, config.folder, DatasetError)
     if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
-        raise DatasetError(f"{config.dataset} must return two tensors, (inputs, labels); it returned {type(found).__name__}")
+        kind = type(found).__name__
+        parts = " of " + ", ".join(type(part).__name__ for part in found[:3]) if isinstance(found, tuple) else ""
+        raise DatasetError(f"{config.dataset} must return two tensors, (inputs, labels); it returned {kind}{parts}")
     return _checked(config.dataset, *found, model)
 
 
@@ -53,6 +60,18 @@ def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tu
         )
     if not bool(inputs.isfinite().all()):
         raise DatasetError(f"{name}: some inputs are not finite")
+    lowest, highest = model.input.bounds(inputs)
+    slack = OUTSIDE * (highest - lowest)
+    if outside := int(((inputs < lowest - slack) | (inputs > highest + slack)).flatten(1).any(1).sum()):
+        logger.warning(
+            "%s: %d of %d inputs leave the range that model.input gives, %.3g to %.3g when normalised; are they as the model "
+            "takes them?",
+            name,
+            outside,
+            len(inputs),
+            float(lowest.min()),
+            float(highest.max()),
+        )
     low, high = int(labels.min()), int(labels.max())
     if model.num_classes and (low < 0 or high >= model.num_classes):
         raise DatasetError(f"{name}: labels go from {low} to {high}; the model has the classes 0 to {model.num_classes - 1}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from inc_clusterq.checkpoints import fit_state, read_state
 from inc_clusterq.config import ModelConfig
@@ -50,7 +51,14 @@ def load_model(config: ModelConfig, *, any_output: bool = False) -> FloatModel:
     """Build the architecture, load its weights, check that it takes the input and, unless `any_output`, returns logits."""
     kind, _, name = config.architecture.partition(":")
     module = _from_torchvision(name, config) if kind == "torchvision" else _from_python(config)
-    module = _unwrapped(module, config.architecture).float().eval().requires_grad_(False)
+    module = _unwrapped(module, config.architecture)
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    if odd := [name for name, value in tensors if is_lazy(value) or value.is_meta or value.layout != torch.strided]:
+        raise ModelError(
+            f"{config.architecture}: {odd[0]} is {_oddness(dict(tensors)[odd[0]])}; give the trained model, with plain "
+            "tensors on the CPU"
+        )
+    module = module.float().eval().requires_grad_(False)
     tensors = (*module.named_parameters(), *module.named_buffers())
     broken = [name for name, value in tensors if not bool(value.isfinite().all())]
     if broken:
@@ -66,6 +74,12 @@ def load_model(config: ModelConfig, *, any_output: bool = False) -> FloatModel:
     if output.problem and not any_output:
         raise ModelError(f"{output.problem}; {output.remedy}")
     return FloatModel(name.rpartition(":")[2], module, spec, output.num_classes, fingerprint(module, spec), output.problem)
+
+
+def _oddness(tensor: Tensor) -> str:
+    if is_lazy(tensor):
+        return "not initialised yet"
+    return "on the device meta" if tensor.is_meta else f"of layout {tensor.layout}"
 
 
 def _unwrapped(module: nn.Module, origin: str) -> nn.Module:
@@ -156,6 +170,8 @@ def _from_python(config: ModelConfig) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"{config.architecture} returned {type(module).__name__}; it must return a torch.nn.Module")
     if config.checkpoint is not None:
+        if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
+            _run(module, torch.zeros(2, *config.input.spec().shape))  # which gives them the shapes that they need
         fit_state(module, read_state(config.checkpoint), f"checkpoint {config.checkpoint}")
     return module
 

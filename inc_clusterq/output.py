@@ -39,8 +39,11 @@ def check_output(folder: Path, *, overwrite: bool, report: str = RESULT) -> None
 
 
 @contextmanager
-def filled_whole(folder: Path, report: str = RESULT) -> Iterator[Path]:
-    """A hidden folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+def filled_whole(folder: Path, *, overwrite: bool, report: str = RESULT) -> Iterator[Path]:
+    """A hidden folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    What `check_output` refuses is refused again: the job may have taken hours.
+    """
     place = folder.resolve()
     hidden = _new(place)
     with _held(folder, place):
@@ -52,7 +55,7 @@ def filled_whole(folder: Path, report: str = RESULT) -> Iterator[Path]:
                 raise _unwritable(folder, error) from error
             raise
         else:
-            _refuse_files(folder, place, overwrite=True, report=report)  # again: the job may have taken hours
+            _refuse_files(folder, place, overwrite=overwrite, report=report)
             _put(folder, hidden, place)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -84,6 +87,8 @@ def _held(folder: Path, place: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as busy:
+        if not file.exists():  # some places, such as /proc, take no file and do not say so
+            raise OutputError(f"output {folder} cannot be written: no file can be made in {place.parent}") from busy
         raise OutputError(f"output {folder} is being written by another job; wait until it ends, or name another") from busy
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -107,7 +112,7 @@ def _put(folder: Path, hidden: Path, place: Path) -> None:
             place.rename(old)
         try:
             hidden.rename(place)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             if old.exists():
                 old.rename(place)
             raise

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from inc_clusterq.config import Config, OpWise, QuantizationConfig
+from inc_clusterq.config import AccuracyConfig, Config, OpWise, QuantizationConfig
 from inc_clusterq.cpu import SAFE_WEIGHT_BITS, cpu, overflows
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
 from inc_clusterq.deployment.inductor import Compiled, Parity, check_compiler, check_parity, compile_frozen
@@ -35,6 +36,7 @@ from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
 from inc_clusterq.result import Result, Row
 from inc_clusterq.synthesis.quality import measure_set
+from inc_clusterq.synthesis.refine import random_samples
 from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthetic_set import workspace_dataset
 from inc_clusterq.tuning import Adaptor, Score, Strategy, TuningRequest
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 LOSSES = "losses.png"
 PARITY_IMAGES = 256  # at most: each is run one by one through the compiled model
 FLOAT, STATIC, OURS = "float", "INC static, noise", "inc-clusterq"
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, progress: Progress = SILENT) -> Result:
@@ -65,26 +68,30 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
         request = _request(config)
         request = replace(request, units=adaptor.count_units(exported, request))
     trials = strategy.trials(request)
-    labelled = load_labelled(config.evaluation.accuracy, model) if config.evaluation.accuracy else None
+    judge = _by_labels(model, config.evaluation.accuracy) if config.evaluation.accuracy else None
     with _timed(seconds, "synthesis"):
         dataset = workspace_dataset(config, model, progress)
         calibrating = config.quantization.calibration.sampling_size
         calibration, held_out = dataset.inputs[:calibrating], dataset.inputs[calibrating:]
         quality = measure_set(model.module, model.input, model.num_classes, dataset.inputs, dataset.labels)
-    judge = _judge(model, labelled, held_out)
+    judge = judge or _by_agreement(model, held_out)
     batches = calibration.split(config.quantization.calibration.dataloader.batch_size)
     with _timed(seconds, "tuning"):
         workspace = config.tuning.workspace.path / "units"
         with synthetic_images():
             outcome = adaptor.tune(exported, batches, trials, request, judge.score, workspace, progress)
     with _timed(seconds, "static baseline"):
-        static = adaptor.quantize_static(exported, _noise(batches, request.seed))
-        scores = {FLOAT: outcome.float_score, STATIC: judge.score(static), OURS: outcome.best.score}
-    with filled_whole(config.output) as folder:
+        noise = random_samples(model.input, calibrating, torch.Generator().manual_seed(request.seed))
+        static = _baseline(adaptor, exported, noise.split(len(batches[0])), judge.score)
+    with filled_whole(config.output, overwrite=overwrite) as folder:
         with _timed(seconds, "deployment"), progress.stage("Deploying", 5) as stage:
             adaptor.save(outcome.model, calibration[:2], folder)
-            sizes = {FLOAT: _float_size(exported), STATIC: _saved_size(adaptor, static, calibration[:2]), OURS: _size(folder)}
-            models = {FLOAT: model.module, STATIC: static, OURS: adaptor.load(folder)}
+            compared = [
+                _Compared(FLOAT, model.module, outcome.float_score, _float_size(model.module)),
+                *static,
+                _Compared(OURS, adaptor.load(folder), outcome.best.score, _size(folder)),
+            ]
+            models = {one.name: one.module for one in compared}
             parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
         if strict:
             require_int8(operators, "inductor")
@@ -92,14 +99,15 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             output=config.output,
             metric=judge.metric,
             scored_on=judge.images,
-            rows=tuple(Row(name, scores[name], sizes[name], latencies.get(name)) for name in models),
+            rows=tuple(Row(one.name, one.score, one.size, latencies.get(one.name)) for one in compared),
             goal=outcome.float_score * (1 - request.tolerable_loss),
             outcome=outcome,
             parity=parity,
-            config=config.model_dump(mode="json", by_alias=True),
+            config=_as_decided(config),
             environment=environment(adaptor.versions()),
             seconds=seconds,
             operators=tuple(operators),
+            fingerprint=model.fingerprint,
             folder=os.path.relpath(config.model.folder.resolve(), config.output.resolve()),
             synthetic=quality,
         )
@@ -151,8 +159,10 @@ class _Judge:
 def _strategy(config: Config) -> Strategy:
     chosen = config.tuning.strategy
     make = find(STRATEGIES, chosen.name)
-    known = list(inspect.signature(make).parameters)
-    unknown = [key for key in chosen.options if key not in known]
+    parameters = inspect.signature(make).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind in BY_NAME]
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    unknown = [] if takes_any else [key for key in chosen.options if key not in known]
     if unknown:
         raise ConfigError(
             f"tuning.strategy: {chosen.name} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
@@ -182,38 +192,66 @@ def _layer_bits(widths: OpWise) -> LayerBits:
     return LayerBits(widths.weight.bits if widths.weight else None, widths.activation.bits if widths.activation else None)
 
 
+def _reduces_range(quantization: QuantizationConfig) -> bool:
+    return overflows(cpu()) if quantization.reduce_range == "auto" else quantization.reduce_range
+
+
+def _as_decided(config: Config) -> dict[str, Any]:
+    """The configuration as JSON takes it, with what it leaves to the machine."""
+    plain = config.model_dump(mode="json", by_alias=True)
+    plain["quantization"]["reduce_range"] = _reduces_range(config.quantization)
+    return plain
+
+
 def _within_range(quantization: QuantizationConfig) -> ReconstructionSettings:
     """The reconstruction's settings, with 7-bit weights where 8-bit ones would overflow (`quantization.reduce_range`)."""
-    settings, wanted = quantization.reconstruction, quantization.reduce_range
-    reduce = overflows(cpu()) if wanted == "auto" else wanted
-    if not reduce:
+    settings = quantization.reconstruction
+    if not _reduces_range(quantization):
         return settings
     return settings.model_copy(update={"weight_ceiling": min(settings.weight_ceiling, SAFE_WEIGHT_BITS)})
 
 
-def _judge(model: FloatModel, labelled: tuple[Tensor, Tensor] | None, held_out: Tensor) -> _Judge:
-    if labelled is not None:
-        inputs, labels = labelled
-        score = accuracy(inputs, labels)
-        if score(model.module) == 0:
-            raise DatasetError(
-                f"the float model predicts none of the {len(labels)} labels; check the order of the classes and that the "
-                "inputs are normalised as the model takes them"
-            )
-        return _Judge(score, "accuracy", f"{len(inputs)} labelled images", inputs)
+def _by_labels(model: FloatModel, config: AccuracyConfig) -> _Judge:
+    inputs, labels = load_labelled(config, model)
+    score = accuracy(inputs, labels)
+    if score(model.module) == 0:
+        raise DatasetError(
+            f"the float model predicts none of the {len(labels)} labels; check the order of the classes and that the "
+            "inputs are normalised as the model takes them"
+        )
+    return _Judge(score, "accuracy", f"{len(inputs)} labelled images", inputs)
+
+
+def _by_agreement(model: FloatModel, held_out: Tensor) -> _Judge:
     score = agreement(model.module, held_out)
     return _Judge(score, "agreement", f"{len(held_out)} held-out synthetic images", held_out)
 
 
-def _noise(like: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Gaussian noise, the usual stand-in where no images are at hand."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch.shape, generator=generator) for batch in like]
+@dataclass(frozen=True)
+class _Compared:
+    """A model of the table."""
+
+    name: str
+    module: nn.Module
+    score: float
+    size: int
 
 
-def _float_size(exported: nn.Module) -> int:
-    """Bytes of the float parameters and buffers; what a checkpoint of them needs at least."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in exported.state_dict().values())
+def _baseline(adaptor: Adaptor, exported: nn.Module, noise: Sequence[Tensor], score: Score) -> list[_Compared]:
+    """The host's own quantization, calibrated with noise, as is usual without images; none where that fails."""
+    try:
+        static = adaptor.quantize_static(exported, noise)
+        return [_Compared(STATIC, static, score(static), _saved_size(adaptor, static, noise[0][:2]))]
+    except Exception as failure:  # it is there for comparison: a job does not end with it
+        reason = " ".join(str(failure).split())[:200]
+        logger.warning("%r fails and is not compared: %s: %s", STATIC, type(failure).__name__, reason)
+        return []
+
+
+def _float_size(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones once; what a checkpoint of them needs at least."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in module.state_dict().values()}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _saved_size(adaptor: Adaptor, model: nn.Module, example: Tensor) -> int:

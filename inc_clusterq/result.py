@@ -45,6 +45,7 @@ class Result:
     environment: Mapping[str, str]
     seconds: Mapping[str, float]  # by stage
     operators: tuple[Operator, ...] = ()  # what the compiler made of each
+    fingerprint: str = ""  # of the float model
     folder: str = "."  # of the YAML, relative to `output`
     synthetic: SetQuality | None = None  # how good the calibration set is
 
@@ -73,6 +74,7 @@ class Result:
             "seconds": dict(self.seconds),
             "environment": dict(self.environment),
             "config": dict(self.config),
+            "fingerprint": self.fingerprint,
             "folder": self.folder,
             "synthetic": self.synthetic.as_dict() if self.synthetic is not None else None,
         }
@@ -97,6 +99,7 @@ class Result:
             f"{self.goal:.2%}." + ("" if self.met_goal else " It is the best model found, and it was saved."),
             soft_wrap=True,
             highlight=False,
+            markup=False,
         )
         if self.metric == "agreement":
             console.print(

@@ -58,7 +58,7 @@ def synthesize(
     found = folder.exists()
     dataset = workspace_dataset(config, model, progress)
     if output is not None:
-        with filled_whole(output, MANIFEST) as hidden:
+        with filled_whole(output, overwrite=overwrite, report=MANIFEST) as hidden:
             write_dataset(hidden, dataset, source(config).seen_from(output))
     calibration = config.quantization.calibration.sampling_size
     return Synthesized(output or folder, dataset, calibration, found and output is None, model.problem)

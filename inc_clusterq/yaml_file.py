@@ -1,7 +1,7 @@
 """Reading a YAML file so that every later complaint can name the line it is about.
 
 Plain data only (the safe loader), with two differences from `yaml.safe_load`: a key that stands twice in one mapping is
-an error instead of silently losing the first, and `1e-3` is a number, as in YAML 1.2, instead of text.
+an error instead of silently losing the first, and `1e-3` and `2.5e3` are numbers, as in YAML 1.2, instead of text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class _Loader(yaml.SafeLoader):
     pass
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_NUMBER = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> YamlFile:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +147,17 @@ def test_the_module_prints_its_version(root: Path) -> None:
         [sys.executable, "-m", "inc_clusterq", "--version"], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"inc-clusterq {__version__}\n"
+
+
+def test_what_a_scheduler_ends_is_put_away_as_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("inc_clusterq.inspection.inspect", terminated)
+    result = call("inspect", tmp_path)
+    assert (result.exit_code, result.stderr) == (143, "inc-clusterq: terminated; nothing is left half-written\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_does_not_resume_does_not_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,20 @@ def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
         ({"bits": "W4"}, 'bits: "W4" is not allowed; it should look like "W4A8" or "W8A8"'),
         ({"bits": "int8"}, 'bits: "int8" is not allowed; it should look like "W4A8" or "W8A8"'),
         ({"bits": "W9A8"}, 'bits: "W9A8" is not allowed'),
-        ({"bits": 8}, "bits: 8 is not allowed; it should be a valid string"),
+        ({"bits": 8}, 'bits: 8 is not allowed; it should look like "W4A8" or "W8A8"'),
+        ({"quantization": {"reduce_range": 1}}, "reduce_range: 1 is not allowed; it should be a valid boolean or 'auto'"),
+        (
+            {"quantization": {"optype_wise": {"conv": {"weight": {"bits": 4}}}}},
+            "optype_wise.conv: \"conv\" is not allowed; it should be 'dense', 'depthwise', 'grouped' or 'linear'",
+        ),
+        (
+            {"quantization": {"calibration": {"dataloader": {"dataset": {"ClusterQ": {"betas": [0.5]}}}}}},
+            "dataset.ClusterQ.betas: has too few values",
+        ),
+        (
+            {"quantization": {"reconstruction": {"granularity": "explicit", "explicit_units": [["a", 1]]}}},
+            "explicit_units.0.1: 1 is not allowed; it should be a valid string",
+        ),
         ({"preset": "quick"}, "preset: \"quick\" is not allowed; it should be 'fast', 'balanced' or 'best'"),
         (
             {"quantization": {"model_wise": {"weight": {"bits": 9}}}},

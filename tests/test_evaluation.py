@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.errors import DatasetError, ModelError
 from inc_clusterq.evaluation import BATCH, accuracy, agreement, predictions
 
 
@@ -46,6 +48,24 @@ def test_accuracy_is_the_share_of_labels_that_are_met(inputs: Tensor) -> None:
 def test_the_float_model_agrees_with_itself(inputs: Tensor) -> None:
     model = Largest()
     assert agreement(model, inputs)(model) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("output", "told"), [({"logits": torch.ones(2, 3)}, "dict"), (torch.ones(2, 3, 4), r"shape \(2, 3, 4\)")]
+)
+def test_what_is_not_logits_is_not_scored(output: Any, told: str) -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return output
+
+    with pytest.raises(ModelError, match=f"the model returns .*{told}; what is scored must return one tensor of class logits"):
+        predictions(Other(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("nothing", [[], torch.ones(0, 3)])
+def test_a_score_needs_images(nothing: Any) -> None:
+    with pytest.raises(DatasetError, match="no images to compare"):
+        agreement(Largest(), nothing)(Largest())
 
 
 def test_agreement_is_the_share_of_equal_classes(inputs: Tensor) -> None:

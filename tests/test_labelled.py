@@ -29,11 +29,20 @@ def test_a_labelled_set_arrives_as_float32_and_int64(tmp_path: Path, write_modul
     assert torch.equal(labels, torch.tensor([0, 2, 1]))
 
 
+def test_inputs_out_of_the_range_are_told(
+    tmp_path: Path, write_module: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    load(tmp_path, write_module, "torch.ones(3, 2, 4) * 1.005, torch.zeros(3).long()")
+    assert not caplog.records
+    load(tmp_path, write_module, "torch.tensor([0.0, 128.0, 255.0]).view(3, 1, 1).expand(3, 2, 4), torch.zeros(3).long()")
+    assert "2 of 3 inputs leave the range that model.input gives, 0 to 1 when normalised" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [
         ("[1, 2]", "must return two tensors, .* it returned list"),
-        ("torch.ones(3, 2, 4), [0, 1, 2]", "must return two tensors"),
+        ("torch.ones(3, 2, 4), [0, 1, 2]", "must return two tensors, .* it returned tuple of Tensor, list"),
         ("torch.ones(3, 2, 5), torch.zeros(3).long()", r"shape \(3, 2, 5\); they must be floats of shape \(N, 2, 4\)"),
         ("torch.ones(3, 2, 4).byte(), torch.zeros(3).long()", "inputs are torch.uint8"),
         ("torch.ones(0, 2, 4), torch.zeros(0).long()", r"shape \(0, 2, 4\)"),

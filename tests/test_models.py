@@ -75,6 +75,14 @@ ODD = """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is deprecated
             return torch.jit.trace(Net().eval(), torch.zeros(2, 1, 8, 8))
+    def lazy():
+        return Net(nn.LazyLinear(3))
+    def elsewhere():
+        return Net().to("meta")
+    def thin():
+        net = Net()
+        net.register_buffer("mask", torch.eye(3).to_sparse())
+        return net
     def parallel():
         return nn.DataParallel(Net())
     def compiled():
@@ -88,6 +96,9 @@ ODD = """
         ("squeezed", r"returns shape \(5,\) for 1 sample and \(2, 5\) for 2; .* flatten\(1\) in place of squeeze"),
         ("pairs", r"does not take an input of shape \(1, 1, 8, 8\), model\.input\.shape is \[1, 8, 8\]: IndexError: "),
         ("noisy", r"returns other values for the same input each time"),
+        ("lazy", r"ending\.weight is not initialised yet; give the trained model"),
+        ("elsewhere", r"conv\.weight is on the device meta"),
+        ("thin", r"mask is of layout torch\.sparse_coo"),
         ("scripted", r"scripted returned a TorchScript module, which cannot be exported; give the Python module"),
     ],
 )
@@ -96,6 +107,16 @@ def test_what_would_fail_after_the_work_is_refused_before_it(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         load_model(config(tmp_path, f"python:{write_module(ODD)}:{function}"))
+
+
+def test_a_checkpoint_gives_lazy_layers_their_values(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    trained = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    save_file(trained.state_dict(), tmp_path / "net.safetensors")
+    layers = "nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(5)"
+    module = write_module(f"from torch import nn\ndef net():\n    return nn.Sequential({layers})")
+    loaded = load_model(config(tmp_path, f"python:{module}:net", weights="net.safetensors"))
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.module(x), trained.eval()(x))
 
 
 @pytest.mark.parametrize("function", ["parallel", "compiled"])

@@ -55,19 +55,25 @@ def test_an_earlier_result_is_replaced_only_when_asked(tmp_path: Path) -> None:
     check_output(tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place such as /proc, which takes no file")
+def test_a_place_that_takes_no_file_is_told_from_one_that_is_in_use() -> None:
+    with pytest.raises(OutputError, match="cannot be written: no file can be made in /proc"):
+        check_output(Path("/proc/inc-clusterq"), overwrite=False)
+
+
 # Permissions would not stop a test that runs as root; a path below a file stops everybody.
 @pytest.mark.parametrize("name", ["file/out", "file/deep/out"])
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="cannot be written"):
         check_output(tmp_path / name, overwrite=False)
-    with pytest.raises(OutputError, match="cannot be written"), filled_whole(tmp_path / name):
+    with pytest.raises(OutputError, match="cannot be written"), filled_whole(tmp_path / name, overwrite=False):
         pytest.fail("the block must not be entered")
 
 
 def test_the_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with filled_whole(out) as folder:
+    with filled_whole(out, overwrite=True) as folder:
         fill(folder)
         assert not out.exists()
         assert folder.parent == tmp_path
@@ -79,7 +85,7 @@ def test_the_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError("ours"), KeyboardInterrupt()])
 def test_nothing_is_left_after_an_exception(tmp_path: Path, error: BaseException) -> None:
     def work() -> None:
-        with filled_whole(tmp_path / "out") as folder:
+        with filled_whole(tmp_path / "out", overwrite=True) as folder:
             fill(folder)
             raise error
 
@@ -90,7 +96,7 @@ def test_nothing_is_left_after_an_exception(tmp_path: Path, error: BaseException
 
 def test_a_failed_job_leaves_the_earlier_result_as_it_was(tmp_path: Path) -> None:
     def work() -> None:
-        with filled_whole(tmp_path / "out") as folder:
+        with filled_whole(tmp_path / "out", overwrite=True) as folder:
             fill(folder, "new")
             raise ValueError
 
@@ -104,33 +110,40 @@ def test_a_new_result_takes_the_place_of_the_whole_old_one(tmp_path: Path) -> No
     out = tmp_path / "out"
     fill(out, "old")
     (out / "leftover").write_text("old")
-    with filled_whole(out) as folder:
+    with filled_whole(out, overwrite=True) as folder:
         fill(folder, "new")
         assert contents(out) == {RESULT: "old", "leftover": "old"}
     assert contents(tmp_path) == {f"out/{RESULT}": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_old_result_comes_back_when_the_new_one_cannot_replace_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(5, "Input/output error"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_an_old_result_comes_back_when_the_new_one_cannot_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, raised: type[BaseException]
+) -> None:
     out = tmp_path / "out"
     fill(out, "old")
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
         if target == out and "old" not in self.name:
-            raise OSError(5, "Input/output error")
+            raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OutputError, match="cannot be written: Input/output error"), filled_whole(out) as folder:
+    with pytest.raises(raised) as found, filled_whole(out, overwrite=True) as folder:
         fill(folder, "new")
+    assert raised is KeyboardInterrupt or "cannot be written: Input/output error" in str(found.value)
     assert contents(tmp_path) == {f"out/{RESULT}": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_second_job_does_not_write_where_one_is_writing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with filled_whole(out) as folder:
+    with filled_whole(out, overwrite=True) as folder:
         fill(folder)
         with pytest.raises(OutputError, match="being written by another job"):
             check_output(out, overwrite=True)
@@ -152,7 +165,7 @@ def kill_behind(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Path.rename = kill_behind
-with filled_whole(Path(sys.argv[1])) as folder:
+with filled_whole(Path(sys.argv[1]), overwrite=True) as folder:
     (folder / RESULT).write_text("new")
     if step == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -172,11 +185,24 @@ def test_a_kill_at_any_time_loses_no_result_and_the_next_job_clears_what_is_left
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_result_that_arrives_during_the_job_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def work() -> None:
+        with filled_whole(out, overwrite=False) as folder:
+            fill(folder, "ours")
+            fill(out, "theirs")
+
+    with pytest.raises(OutputError, match="already holds a result"):
+        work()
+    assert contents(tmp_path) == {f"out/{RESULT}": "theirs"}
+
+
 def test_files_that_arrive_during_the_job_are_not_deleted(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def work() -> None:
-        with filled_whole(out) as folder:
+        with filled_whole(out, overwrite=True) as folder:
             fill(folder)
             out.mkdir()
             (out / "thesis.tex").write_text("mine")
@@ -201,7 +227,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
         link = tmp_path / f"link_to_{name}"
         link.symlink_to(tmp_path / "disk" / name)
         check_output(link, overwrite=False)
-        with filled_whole(link) as folder:
+        with filled_whole(link, overwrite=True) as folder:
             fill(folder, name)
         assert link.is_symlink()
     assert contents(tmp_path / "disk") == {f"{name}/{RESULT}": name for name in ("empty", "new")}
@@ -218,11 +244,14 @@ def test_only_errors_of_its_own_files_are_blamed_on_the_output(tmp_path: Path) -
     def open_in(folder: Path) -> None:
         (folder / "deep" / "file").read_text()
 
-    with pytest.raises(FileNotFoundError), filled_whole(tmp_path / "out"):
+    with pytest.raises(FileNotFoundError), filled_whole(tmp_path / "out", overwrite=True):
         open_in(tmp_path)
-    with pytest.raises(OutputError, match="out cannot be written: No such file"), filled_whole(tmp_path / "out") as folder:
+    with (
+        pytest.raises(OutputError, match="out cannot be written: No such file"),
+        filled_whole(tmp_path / "out", overwrite=True) as folder,
+    ):
         open_in(folder)
-    with pytest.raises(OutputError, match="No space left"), filled_whole(tmp_path / "out"):
+    with pytest.raises(OutputError, match="No space left"), filled_whole(tmp_path / "out", overwrite=True):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

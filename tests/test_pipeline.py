@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from inc_clusterq.cli import app
 from inc_clusterq.errors import DeploymentError
+from inc_clusterq.strategies.mrecg import MRECGStrategy
 
 NETS = """
     import torch
@@ -90,6 +91,10 @@ JOB = """
 """
 
 
+# Weights of the five convolutions; weight, bias, mean, variance (4 bytes) and count (8) of the BatchNorms; the linear layer.
+BYTES = 4 * (8 * 9 + 8 * 9 + 8 * 8 + 2 * 6 * 8 * 9) + 3 * (4 * 4 * 8 + 8) + 2 * (4 * 4 * 6 + 8) + 4 * (12 * 3 + 3)
+
+
 class Bench:
     """A folder with a user's module, in which jobs are run by the command line."""
 
@@ -141,6 +146,8 @@ def test_a_job_without_data_saves_a_model_that_the_plain_host_runs(bench: Bench)
     assert found["models"][0]["score"] == 1
     assert found["met_goal"] == (found["models"][2]["score"] >= found["goal"])
     assert found["parity"]["agreement"] == 1
+    assert found["models"][0]["size"] == BYTES
+    assert found["config"]["quantization"]["reduce_range"] in (True, False)  # as decided
     assert (found["reconstruction"]["views"], found["reconstruction"]["mixtures"]) == (1, False)
     assert found["synthetic"]["layers"][0]["name"] == "stem.1"
     assert "Synthetic set: " in result.stdout
@@ -268,6 +275,32 @@ def test_what_is_there_for_comparison_may_fail_to_compile(
     assert float_model is static is None
     assert ours["median"] > 0
     assert "Of the model 'float' no latency is measured: the model cannot be compiled: it is odd" in caplog.text
+
+
+def test_what_is_there_for_comparison_may_fail_to_be_quantized(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: object, exported: object, calibration: object) -> None:
+        raise AssertionError("min nan should be less than max nan")
+
+    monkeypatch.setattr("inc_clusterq.adaptors.neural_compressor.NeuralCompressorAdaptor.quantize_static", fail)
+    result = bench.run()
+    assert result.exit_code == 0, result.output
+    found = json.loads((bench.folder / "saved_results" / "result.json").read_text())
+    assert [row["name"] for row in found["models"]] == ["float", "inc-clusterq"]
+    assert "'INC static, noise' fails and is not compared: AssertionError: min nan" in caplog.text
+
+
+def test_a_strategy_of_the_users_own_may_take_any_option(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+
+    def make(**options: object) -> MRECGStrategy:
+        given.append(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("inc_clusterq.pipeline.find", lambda group, name: make)
+    assert "does not take these options: seen" in bench.run(strategy="{name: theirs, depth: 3}").stderr
+    assert given == [{"depth": 3}]
 
 
 def test_a_machine_without_a_compiler_is_told_before_any_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,16 @@ def test_an_exponent_without_a_dot_is_a_number(tmp_path: Path, text: str) -> Non
     assert read_yaml(write(tmp_path, f"rate: {text}")).data == {"rate": 0.001}
 
 
+@pytest.mark.parametrize("text", ["2.5e3", "+2.5E3", "2500.e0", ".25e4", "25e+2"])
+def test_an_exponent_needs_no_sign(tmp_path: Path, text: str) -> None:
+    assert read_yaml(write(tmp_path, f"rate: {text}")).data == {"rate": 2500.0}
+
+
+@pytest.mark.parametrize("text", ["e3", ".e3", "2.5e", "W4e3"])
+def test_what_only_looks_like_a_number_is_text(tmp_path: Path, text: str) -> None:
+    assert read_yaml(write(tmp_path, f"rate: {text}")).data == {"rate": text}
+
+
 def test_a_merged_mapping_is_no_repeated_key(tmp_path: Path) -> None:
     file = read_yaml(write(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n"))
     assert file.data["b"] == {"x": 1, "y": 3}

@@ -6,13 +6,13 @@ the median of the ratios of neighbouring calls. Every run time gets the same num
 
 from __future__ import annotations
 
+import logging
 import resource
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -32,6 +32,8 @@ from inc_clusterq.deployment.targets import load_inductor, target
 from inc_clusterq.errors import ConfigError, ResultError
 from inc_clusterq.models import load_model
 from inc_clusterq.progress import SILENT, Progress
+
+logger = logging.getLogger(__name__)
 
 FLOAT = "float"
 
@@ -55,16 +57,6 @@ class Bench:
     processor: Cpu
     warning: str | None
     peak_memory: int  # bytes, of this process so far
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return {
-            "timings": [asdict(timing) for timing in self.timings],
-            "threads": self.threads,
-            "processor": str(self.processor),
-            "warning": self.warning,
-            "peak_memory": self.peak_memory,
-        }
 
     def print(self, console: Console) -> None:
         """Print the table and what it was measured on."""
@@ -118,7 +110,9 @@ def bench(
     """
     chosen = [target(name) for name in dict.fromkeys(targets)]
     saved = open_result(result)
-    model = load_model((load_config(config_file) if config_file else _config(saved)).model).module
+    model = load_model((load_config(config_file) if config_file else _config(saved)).model)
+    if saved.report.get("fingerprint", model.fingerprint) != model.fingerprint:
+        logger.warning("The float model %s is not the one that was quantized: its code or its weights are others", model.name)
     processor = cpu()
     images = parity_inputs(saved, max(batches))
     timings: list[Timing] = []
@@ -132,7 +126,7 @@ def bench(
         for batch in batches:
             inputs = images[:batch].clone()
             torch.compiler.reset()  # before all, not between: a model that lost its code would be compiled again, thawed
-            models: dict[str, Compiled] = {FLOAT: compile_frozen(model, inputs)}
+            models: dict[str, Compiled] = {FLOAT: compile_frozen(model.module, inputs)}
             for name, folder in folders.items():
                 models[name] = loaders(count)[name](folder)
                 models[name](inputs)

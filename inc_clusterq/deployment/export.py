@@ -99,7 +99,7 @@ def export(
     saved = open_result(result)
     output = output or result / to
     check_output(output, overwrite=overwrite, report=REPORT)
-    with filled_whole(output, REPORT) as folder, progress.stage(f"Exporting to {to}", 3) as stage:
+    with filled_whole(output, overwrite=overwrite, report=REPORT) as folder, progress.stage(f"Exporting to {to}", 3) as stage:
         chosen.write(saved, folder)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         stage.advance(1, "written")
@@ -118,7 +118,7 @@ def export(
 def parity_inputs(saved: SavedModel, images: int = IMAGES) -> Tensor:
     """Images like those of the calibration, inside the sensor's range: mixtures of the two that the program carries.
 
-    Each is a random mixture, shifted, mirrored, and of random contrast; the same ones at each call.
+    Each is a random mixture with twice their contrast, shifted around; the same ones at each call.
     """
     try:
         described = saved.report["config"]["model"]["input"]

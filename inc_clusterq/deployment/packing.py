@@ -14,7 +14,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,6 @@ class Packed:
     weights: Mapping[int, int]  # bits -> number of weights
     program_size: int  # of the packed file: what is neither weights nor biases nor scales
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return {**asdict(self), "file": self.file.name, "weights": {str(bits): count for bits, count in self.weights.items()}}
-
     def print(self, console: Console) -> None:
         """Print the table."""
         table = Table(title="Size on disk", title_justify="left")
@@ -69,7 +65,7 @@ class Packed:
             table.add_row(name, f"{size / 1024:.1f}", f"{size / self.float_size:.1%}")
         console.print(table)
         counts = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(self.weights.items()))
-        console.print(f"Weights: {counts}. Written to {self.file}", soft_wrap=True, highlight=False)
+        console.print(f"Weights: {counts}. Written to {self.file}", soft_wrap=True, highlight=False, markup=False)
 
 
 def pack_integers(

@@ -84,6 +84,17 @@ def test_a_model_of_one_size_is_served_at_that_size() -> None:
     assert refused == [(49, 65)]  # the question, once
 
 
+def test_a_model_may_refuse_another_size_by_any_exception() -> None:
+    class Fussy(Sizes):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[2:] != (97, 130):
+                raise KeyError(x.shape)
+            return super().forward(x)
+
+    with teach(Fussy(), SPEC, num_classes=4, first_aligned_layer=None) as teacher:
+        assert half_size(teacher, SPEC) is None
+
+
 @pytest.mark.parametrize("shape", [(3, 95, 200), (3, 200, 95), (1, 49), (100,), (1, 100, 100, 100)])
 def test_small_images_and_what_is_no_image_are_not_halved(shape: tuple[int, ...]) -> None:
     net = Sizes()
