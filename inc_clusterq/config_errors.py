@@ -20,7 +20,8 @@ def explain(error: ValidationError, file: YamlFile, schema: type[BaseModel]) -> 
     for detail in error.errors(include_url=False):
         at = _place(tuple(str(part) for part in detail["loc"]), detail["type"], schema)
         problem = _problem(detail, at, schema)
-        told[at] = f"{told[at]} or {problem.partition('; it should be ')[2]}" if at in told else problem
+        another_kind = problem.partition("; it should be ")[2] if at in told else ""
+        told[at] = f"{told[at]} or {another_kind}" if another_kind else told.get(at, problem)
     problems: list[tuple[int, str]] = []
     for at, problem in told.items():
         line = next((file.lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in file.lines), 0)
