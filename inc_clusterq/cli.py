@@ -1,6 +1,7 @@
 """The command `inc-clusterq`: arguments to a Config, a Config to the pipeline, errors to one line and an exit status.
 
-Exit status: 0 done, 1 our failure, 2 the user's mistake, 130 interrupted. Results go to stdout, all else to stderr.
+Exit status: 0 done, 1 our failure, 2 the user's mistake, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
+Results go to stdout, all else to stderr.
 """
 
 from __future__ import annotations

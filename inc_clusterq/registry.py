@@ -7,7 +7,6 @@ by name: one that is broken does not disturb the others.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -30,7 +29,7 @@ def find(group: str, name: str) -> Any:
         near = get_close_matches(name, names(group), 1)
         raise ConfigError(
             f"there is no {kind} {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + (f"; did you mean {near[0]!r}?" if near else ".")
             + f" Installed: {', '.join(names(group)) or 'none'}."
             + f" A package adds its own through the entry-point group {group!r}."
         )
@@ -43,18 +42,12 @@ def find(group: str, name: str) -> Any:
         ) from failure
 
 
-@cache
 def _scan(group: str) -> dict[str, EntryPoint]:
     """The only function that touches the environment. Of two with one name the first on the path counts."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
         found.setdefault(entry.name, entry)
     return found
-
-
-def forget() -> None:
-    """Scan again at the next call, after a package was installed or removed while this process runs."""
-    _scan.cache_clear()
 
 
 def _package(entry: EntryPoint) -> str:

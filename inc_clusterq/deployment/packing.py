@@ -8,7 +8,6 @@ x86 library computes with packed convolution weights, so packing saves storage a
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zlib
@@ -27,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from inc_clusterq.checksum import checksum
 from inc_clusterq.deployment.backend import DEQUANTIZE_WEIGHT
 from inc_clusterq.deployment.qdq import forget_sources
 from inc_clusterq.deployment.saved import PROGRAM, as_module, open_result
@@ -34,7 +34,7 @@ from inc_clusterq.errors import OutputError, ResultError
 from inc_clusterq.output import replace_file
 
 PACKED = "packed.safetensors"
-FORMAT = 1
+FORMAT = 2
 PROGRAM_KEY = "program"
 STORED_BITS = 8
 
@@ -132,7 +132,7 @@ def pack(result: Path, *, overwrite: bool = False) -> Packed:
             tensors[name] = tensor.detach().contiguous()
         entries[name] = entry
     tensors[PROGRAM_KEY] = _without_weights(saved.program)
-    manifest = {"format": FORMAT, "tensors": entries, "sha256": _checksum(tensors)}
+    manifest = {"format": FORMAT, "tensors": entries, "sha256": checksum(tensors)}
     data = save(tensors, metadata={"manifest": json.dumps(manifest)})
     try:
         replace_file(file, data)
@@ -165,7 +165,7 @@ def load_packed(file: Path) -> fx.GraphModule:
         raise ResultError(f"{file} is damaged: {error}; run `inc-clusterq pack` again") from error
     if manifest.get("format") != FORMAT:
         raise ResultError(f"{file} has format {manifest.get('format')!r} and this version reads format {FORMAT}")
-    if manifest["sha256"] != _checksum(tensors):
+    if manifest["sha256"] != checksum(tensors):
         raise ResultError(f"{file} is damaged: its checksum does not match; run `inc-clusterq pack` again")
     program = torch.export.load(io.BytesIO(zlib.decompress(tensors[PROGRAM_KEY].numpy().tobytes())))
     for name, entry in manifest["tensors"].items():
@@ -195,11 +195,3 @@ def _buffer(program: ExportedProgram) -> io.BytesIO:
     torch.export.save(program, buffer)
     buffer.seek(0)
     return buffer
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

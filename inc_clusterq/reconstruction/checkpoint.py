@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from inc_clusterq.checksum import checksum, content
 from inc_clusterq.errors import OutputError
 from inc_clusterq.output import replace_file
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
@@ -32,7 +33,7 @@ from inc_clusterq.resuming import State
 logger = logging.getLogger(__name__)
 
 CHECKSUM, TORCH, SECONDS = "sha256", "torch", "seconds"  # keys in a file's metadata
-FORMAT = 6  # raised whenever the meaning of a file or the course of the optimisation changes
+FORMAT = 7  # raised whenever the meaning of a file or the course of the optimisation changes
 MIXTURES_FORMAT = 2  # the same, where it changes for units that learn from mixtures and for no others
 # These choose units, where their tensors are kept, or what comes after the last of them.
 NOT_THE_UNITS = {
@@ -62,8 +63,8 @@ class UnitStore:
         digest.update(quantized.graph_module.code.encode())  # which has the operators' arguments
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases
-                digest.update(_content(attribute(quantized.graph_module, str(node.target))))
-        digest.update(_content(inputs))
+                digest.update(content(attribute(quantized.graph_module, str(node.target))))
+        digest.update(content(inputs))
         return Chain(self.folder, digest.hexdigest())
 
 
@@ -163,7 +164,7 @@ def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[
 def _write(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, save(state, {**about, CHECKSUM: _checksum(state), TORCH: str(torch.__version__)}))
+        replace_file(file, save(state, {**about, CHECKSUM: checksum(state), TORCH: str(torch.__version__)}))
     except OSError as error:
         raise OutputError(f"cannot write to the workspace {file.parent}: {error.strerror or error}") from error
 
@@ -176,22 +177,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     state = load_file(file)
     with safe_open(file, "pt") as opened:
         about: dict[str, str] = opened.metadata() or {}
-    if about.get(CHECKSUM) != _checksum(state):
+    if about.get(CHECKSUM) != checksum(state):
         raise ValueError("its checksum is wrong")
     if about.get(TORCH) != str(torch.__version__):
         raise ValueError(f"it was made with torch {about.get(TORCH)}, and this is {torch.__version__}")
     return state, about
-
-
-def _checksum(state: dict[str, Tensor]) -> str:
-    """SHA-256 of names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(_content(tensor))
-    return digest.hexdigest()
-
-
-def _content(tensor: Tensor) -> memoryview:
-    """A tensor's values as a digest takes them, without a copy where they are on the CPU."""
-    return tensor.detach().cpu().contiguous().flatten().numpy().data
