@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from inc_clusterq.adaptors.neural_compressor_algorithm import count_units, watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
+from inc_clusterq.adaptors.neural_compressor_save import save
 from inc_clusterq.canonical import canonicalise
 from inc_clusterq.difference import largest_difference
 from inc_clusterq.environment import installed
@@ -116,7 +117,7 @@ class NeuralCompressorAdaptor:
         """Write `qconfig.json` and `quantized_weight.pt` as the host does."""
         with quiet(logging.WARNING, HOST_LOG):
             # A copy of its own: a view would drag the whole calibration set into the file.
-            model.save(example_inputs=(example.clone(),), output_dir=str(folder))  # type: ignore[operator]
+            save(model, (example.clone(),), str(folder))
 
     def load(self, folder: Path) -> nn.Module:
         """The host's loader."""

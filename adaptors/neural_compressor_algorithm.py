@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from neural_compressor.common.utils import Mode
 from neural_compressor.torch.algorithms.pt2e_quant.core import W8A8PT2EQuantizer
-from neural_compressor.torch.algorithms.pt2e_quant.save_load import save as host_save
 from neural_compressor.torch.quantization import INT8StaticQuantConfig
 from neural_compressor.torch.utils import register_algo
 from neural_compressor.torch.utils.utility import algos_mapping
 from torch import Tensor, fx, nn
 
 from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfig, refuse_foreign
+from inc_clusterq.adaptors.neural_compressor_save import save
 from inc_clusterq.canonical import canonicalise
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
@@ -183,7 +183,7 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     converted, reconstruction = _reconstruct(prepared, inputs, plan, settings, config, calibration)
     converted.dynamic_shapes = calibration.dynamic_shapes
     converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
-    converted.save = MethodType(host_save, converted)  # type: ignore[assignment]
+    converted.save = MethodType(save, converted)  # type: ignore[assignment]
     converted.reconstruction = reconstruction  # type: ignore[assignment]
     return converted
 

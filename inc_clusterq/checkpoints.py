@@ -15,7 +15,7 @@ from inc_clusterq.errors import ModelError
 SHOWN = 5
 """So many names are listed of each kind of misfit."""
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model")
@@ -40,6 +40,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged file can make torch.load stumble anywhere
         told = " ".join(str(error).split()) or type(error).__name__
+        if "TorchScript" in told:
+            told = "it is a TorchScript archive; save `model.state_dict()` of the Python module it was made of"
         raise ModelError(f"checkpoint {path}: cannot be read: {told}") from error
     return _tensors(content, path)
 

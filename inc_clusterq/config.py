@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -49,6 +50,17 @@ Channels = Annotated[  # a value for all channels, or one for each
 ]
 Preset = Literal["fast", "balanced", "best"]
 Kind = Literal["dense", "depthwise", "grouped", "linear"]
+
+
+def _expanded(path: Path) -> Path:
+    """With the home folder in place of ~, which is nobody's folder name; ValueError where there is no such home."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"the home folder of {path} is not known; write the whole path") from error
+
+
+Folder = Annotated[Path, AfterValidator(_expanded)]
 
 
 class Section(BaseModel):
@@ -97,22 +109,29 @@ class ModelConfig(_SectionOfFile):
     """The trained float model."""
 
     architecture: str = Field(
-        description="`torchvision:resnet18` or `python:package.module:function`; the function returns an nn.Module and "
-        "is imported from the YAML's folder or an installed package."
+        description="`torchvision:resnet18` or `python:package.module:function`; the function is called without arguments and "
+        "returns an nn.Module; it is imported from the YAML's folder or an installed package."
     )
     weights: Name | None = Field(
         None,
-        description="Checkpoint, relative to the YAML: `.safetensors`, or `.pt`/`.pth` that holds tensors only. "
+        description="Checkpoint, relative to the YAML: `.safetensors`, or `.pt`, `.pth` or `.ckpt` that holds tensors only. "
         "For torchvision also the name of published weights, such as `DEFAULT`, that are already in torch's cache. "
         "Empty: the function returns a trained model.",
     )
     input: InputConfig = Field(description="What the model expects at its input.")
 
+    @field_validator("weights")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        return None if value is None else str(_expanded(Path(value)))
+
     @field_validator("architecture")
     @classmethod
     def _known_form(cls, value: str) -> str:
         if not re.match(r"^torchvision:\w+$", value) and not re.match(REFERENCE_PATTERN, value):
-            raise ValueError("it must read torchvision:NAME or python:package.module:function")
+            raise ValueError(
+                "it must read torchvision:NAME or python:package.module:function, a function that is called without arguments"
+            )
         return value
 
     @property
@@ -195,8 +214,8 @@ class AccuracyConfig(_SectionOfFile):
 
     dataset: Annotated[str, StringConstraints(pattern=REFERENCE_PATTERN)] = Field(
         examples=["python:my_module:validation"],
-        description="`python:package.module:function` that returns (inputs, labels): a float tensor as the model takes "
-        "it, and class numbers.",
+        description="`python:package.module:function` that returns (inputs, labels): floats as the model takes them and class "
+        "numbers, as tensors or NumPy arrays; or a torch DataLoader of such.",
     )
 
 
@@ -242,7 +261,7 @@ class ExitPolicy(Section):
 class WorkspaceConfig(Section):
     """Where finished parts of the work are kept, so that an interrupted job resumes."""
 
-    path: Path = Field(
+    path: Folder = Field(
         Path("nc_workspace"),
         description="Folder for synthetic sets and reconstructed units, relative to the current folder.",
     )
@@ -272,7 +291,7 @@ class Config(Section):
         description="Short form of `quantization.model_wise`: `W4A8` is 4-bit weights and 8-bit activations; each 2 to 8.",
     )
     preset: Preset = Field("balanced", description="Effort of synthesis and reconstruction; keys given below override it.")
-    output: Path = Field(Path("saved_results"), description="Folder of the result, relative to the current folder.")
+    output: Folder = Field(Path("saved_results"), description="Folder of the result, relative to the current folder.")
     quantization: QuantizationConfig = Field(
         QuantizationConfig(), description="What is quantized, and how.", validate_default=True
     )

@@ -6,6 +6,7 @@ Real inputs may be set beside it for comparison. They come after the fact: the s
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from inc_clusterq.report.page import embedded, render
 from inc_clusterq.synthesis.dataset import MANIFEST, SyntheticDataset, canonical, load_dataset
 from inc_clusterq.synthesis.quality import Looked, SetQuality, look, measure, noise_distance, project
 from inc_clusterq.synthesis.teacher import teach
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 REPORT, PAGE = "inspection.json", "inspection.html"
@@ -122,6 +125,13 @@ def inspect(
     if real is None and config is not None and config.evaluation.accuracy is not None:
         real = config.evaluation.accuracy.dataset
     labelled = _real(real, model, model_config, len(opened)) if real is not None else None
+    if labelled is not None and len(labelled[0]) < len(opened):
+        logger.warning(
+            "There are %d real inputs and %d synthetic ones: ranges, neighbours and diversity grow with their number, so give "
+            "as many real ones",
+            len(labelled[0]),
+            len(opened),
+        )
     with (
         progress.stage("Inspecting the set", 3) as stage,
         teach(model.module, model.input, num_classes=model.num_classes, first_aligned_layer=None) as teacher,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import zlib
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from inc_clusterq.config import AccuracyConfig
 from inc_clusterq.errors import DatasetError
@@ -24,39 +26,65 @@ OUTSIDE = 0.01  # of the range: so far beyond it come resized and rounded images
 def load_labelled(config: AccuracyConfig, model: FloatModel) -> tuple[Tensor, Tensor]:
     """Inputs (N, *shape), float32, normalised as the model takes them, and labels (N,), int64; or DatasetError."""
     found = call_reference(config.dataset, config.folder, DatasetError)
-    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
-        kind = type(found).__name__
-        parts = " of " + ", ".join(type(part).__name__ for part in found[:3]) if isinstance(found, tuple) else ""
-        raise DatasetError(f"{config.dataset} must return two tensors, (inputs, labels); it returned {kind}{parts}")
-    return _checked(config.dataset, *found, model)
+    if isinstance(found, DataLoader):
+        found = _read(config.dataset, found)
+    return checked(config.dataset, *_pair(config.dataset, found), model)
+
+
+def _read(name: str, loader: DataLoader[Any]) -> tuple[Tensor, ...]:
+    try:
+        pairs = [_pair(name, batch) for batch in loader]
+        return tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
+    except DatasetError:
+        raise
+    except Exception as failure:  # the user's own data: anything can come out of reading it
+        raise DatasetError(f"{name}: its DataLoader failed: {type(failure).__name__}: {failure}") from failure
+
+
+def _pair(name: str, found: object) -> tuple[Tensor, Tensor]:
+    if isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in found):
+        inputs, labels = (part if isinstance(part, Tensor) else _tensor(part) for part in found)
+        return inputs, labels
+    parts = " of " + ", ".join(type(part).__name__ for part in found[:3]) if isinstance(found, tuple | list) else ""
+    raise DatasetError(
+        f"{name} must return (inputs, labels), two tensors or NumPy arrays, or a DataLoader of such; it returned "
+        f"{type(found).__name__}{parts}"
+    )
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64) if array.dtype.kind == "u" and array.ndim == 1 else array)
 
 
 def load_npz(file: Path, model: FloatModel) -> tuple[Tensor, Tensor]:
     """The same from the arrays `inputs` and `labels` of an .npz file; nothing is unpickled."""
     try:
-        with np.load(file, allow_pickle=False) as opened:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise DatasetError(f"{file} holds a single array; it must be an .npz file with the arrays `inputs` and `labels`")
+        with loaded as opened:
             missing = [name for name in ("inputs", "labels") if name not in opened]
             if missing:
                 raise DatasetError(f"{file} has no array {missing[0]!r}; it must hold `inputs` and `labels`")
-            inputs, numbers = torch.from_numpy(opened["inputs"]), opened["labels"]
-            labels = torch.from_numpy(numbers.astype(np.int64) if numbers.dtype.kind == "u" else numbers)
+            inputs, labels = _tensor(opened["inputs"]), _tensor(opened["labels"])
     except OSError as error:
         raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
     except (BadZipFile, zlib.error, EOFError, ValueError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file} is not an .npz file of numbers: {error}") from error
-    return _checked(str(file), inputs, labels, model)
+    return checked(str(file), inputs, labels, model)
 
 
-def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tuple[Tensor, Tensor]:
+def checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tuple[Tensor, Tensor]:
+    """A labelled set in float32 and int64; DatasetError where it does not suit the model."""
     if not inputs.is_floating_point() or inputs.shape[1:] != model.input.shape or len(inputs) == 0:
         raise DatasetError(
             f"{name}: inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; they must be floats of shape "
-            f"(N, {', '.join(map(str, model.input.shape))}), normalised as the model takes them"
+            f"(N, {', '.join(map(str, model.input.shape))}), normalised as the model takes them{_remedy(inputs, model)}"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != inputs.shape[:1]:
         raise DatasetError(
             f"{name}: labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be one class "
-            f"number for each of the {len(inputs)} inputs"
+            f"number for each of the {len(inputs)} inputs" + (", such as argmax(1) gives" if labels.dim() == 2 else "")
         )
     if not bool(inputs.isfinite().all()):
         raise DatasetError(f"{name}: some inputs are not finite")
@@ -74,5 +102,14 @@ def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tu
         )
     low, high = int(labels.min()), int(labels.max())
     if model.num_classes and (low < 0 or high >= model.num_classes):
-        raise DatasetError(f"{name}: labels go from {low} to {high}; the model has the classes 0 to {model.num_classes - 1}")
+        hint = "; subtract 1" if (low, high) == (1, model.num_classes) else ""
+        raise DatasetError(
+            f"{name}: labels go from {low} to {high}; the model has the classes 0 to {model.num_classes - 1}{hint}"
+        )
     return inputs.to(torch.float32), labels.to(torch.int64)
+
+
+def _remedy(inputs: Tensor, model: FloatModel) -> str:
+    if inputs.dim() == 4 and inputs.permute(0, 3, 1, 2).shape[1:] == model.input.shape:
+        return "; channels come first: inputs.permute(0, 3, 1, 2)"
+    return "" if inputs.is_floating_point() else "; raw values are to be normalised: (inputs.float() - mean) / std"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from inc_clusterq.checkpoints import fit_state, read_state
+from inc_clusterq.checkpoints import SUFFIXES, fit_state, read_state
 from inc_clusterq.config import ModelConfig
 from inc_clusterq.errors import ModelError
 from inc_clusterq.fingerprint import fingerprint, ramp
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 SUSPICIOUS = 300.0
 """A span of normalised inputs beyond this is probably of a range and a std on different scales; raw pixels end at 255."""
+
+DRAWN_SLOWLY = {"googlenet", "inception_v3"}
+"""Networks of torchvision whose random weights take long and make it warn; a checkpoint replaces them."""
 
 SUM_TOLERANCE = 1e-4
 """Non-negative outputs that add up to 1 within this are taken for probabilities."""
@@ -139,18 +142,27 @@ def read_output(module: nn.Module, spec: InputSpec) -> Output:
         raise ModelError("the model returns values that are not finite; check its weights, model.input.range and .std")
     if bool((output >= 0).all()) and bool(((output.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
         return Output(0, "the model returns probabilities", "it must return class logits: take the softmax out of the model")
-    if not torch.allclose(_run(module, batch.clone()), output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+    if not _same(_run(module, batch.clone()), output):
         raise ModelError(
             "the model returns other values for the same input each time; in evaluation it must draw no random numbers, as "
             "functional.dropout does without training=self.training"
         )
-    alone = _run(module, batch[:1].clone()).shape
-    if alone != (1, output.shape[1]):
+    alone = _run(module, batch[:1].clone())
+    if alone.shape != (1, output.shape[1]):
         raise ModelError(
-            f"the model returns shape {tuple(alone)} for 1 sample and {tuple(output.shape)} for 2; the first axis must be "
-            "there for 1 as well: write flatten(1) in place of squeeze()"
+            f"the model returns shape {tuple(alone.shape)} for 1 sample and {tuple(output.shape)} for 2; the first axis must "
+            "be there for 1 as well: write flatten(1) in place of squeeze()"
+        )
+    if not _same(alone, output[:1]):
+        raise ModelError(
+            "the model's output for a sample depends on what else is in the batch, so its accuracy would too; in evaluation "
+            "take no mean over axis 0, and give every BatchNorm running statistics (track_running_stats=True)"
         )
     return Output(output.shape[1])
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def _run(module: nn.Module, batch: Tensor) -> Any:
@@ -192,13 +204,30 @@ def _from_torchvision(name: str, config: ModelConfig) -> nn.Module:
     if config.checkpoint is None:
         return _published(name, config.weights)
     state = read_state(config.checkpoint)
-    module: nn.Module = torchvision.models.get_model(name, weights=None)
+    options: dict[str, Any] = {"init_weights": False} if name in DRAWN_SLOWLY else {}
+    module: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    expected, other = module.state_dict(), dict(options)
     # A fine-tuned model differs in its number of classes, which the last tensor of every classifier there shows.
-    last = list(module.state_dict())[-1]
-    if last in state and state[last].shape[:1] != module.state_dict()[last].shape[:1]:
-        module = torchvision.models.get_model(name, weights=None, num_classes=len(state[last]))
-    fit_state(module, state, f"checkpoint {config.checkpoint}")
+    last = list(expected)[-1]
+    if last in state and state[last].shape[:1] != expected[last].shape[:1]:
+        other["num_classes"] = len(state[last])
+    # Heads that only training uses are taken off by torchvision itself where it loads published weights.
+    if any(map(_is_auxiliary, expected)) and not any(map(_is_auxiliary, state)):
+        other["aux_logits"] = False
+    if other != options:
+        module = torchvision.models.get_model(name, weights=None, **other)
+    try:
+        fit_state(module, state, f"checkpoint {config.checkpoint}")
+    except ModelError as misfit:
+        raise ModelError(
+            f"{misfit}. For a network of torchvision that was changed, name a function that makes it: "
+            "python:package.module:function"
+        ) from misfit
     return module
+
+
+def _is_auxiliary(name: str) -> bool:
+    return name.lower().startswith("aux")
 
 
 def _published(name: str, weights_name: str) -> nn.Module:
@@ -208,7 +237,7 @@ def _published(name: str, weights_name: str) -> nn.Module:
     if weights_name not in choices.__members__:
         raise ModelError(
             f"model.weights is {weights_name!r}; for {name} it must be one of {', '.join(choices.__members__)}, "
-            "or a file that ends in .safetensors, .pt or .pth"
+            f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         )
     weights = choices[weights_name]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name

@@ -133,9 +133,10 @@ def replace_file(file: Path, content: bytes, beside: Path | None = None) -> None
 
 def is_of(error: OSError, folder: Path) -> bool:
     """Whether an error is of what is written to a folder, and not of something else that a job reads or writes meanwhile."""
-    if error.filename is None:  # the disk is full, and what was written is not told
+    names = [name for name in (error.filename, error.filename2) if name is not None]  # the second is where a copy goes
+    if not names:  # the disk is full, and what was written is not told
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return Path(os.fsdecode(error.filename)).is_relative_to(folder)
+    return any(Path(os.fsdecode(name)).is_relative_to(folder) for name in names)
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:

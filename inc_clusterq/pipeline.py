@@ -34,7 +34,7 @@ from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.bits import LayerBits
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.registry import ADAPTORS, STRATEGIES, find
-from inc_clusterq.result import Result, Row
+from inc_clusterq.result import Result, Row, place
 from inc_clusterq.synthesis.quality import measure_set
 from inc_clusterq.synthesis.refine import random_samples
 from inc_clusterq.synthesis.statistics import batch_norms
@@ -59,16 +59,16 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
     """
     seconds: dict[str, float] = {}
     check_output(config.output, overwrite=overwrite)
-    check_compiler()
     strategy, adaptor = _strategy(config), find(ADAPTORS, config.tuning.host)()
     model = load_model(config.model)
     batch_norms(model.module)  # said at once, not after the export
+    check_compiler()
+    judge = _by_labels(model, config.evaluation.accuracy) if config.evaluation.accuracy else None
     with _timed(seconds, "export"):
         exported = adaptor.export(model)
         request = _request(config)
         request = replace(request, units=adaptor.count_units(exported, request))
     trials = strategy.trials(request)
-    judge = _by_labels(model, config.evaluation.accuracy) if config.evaluation.accuracy else None
     with _timed(seconds, "synthesis"):
         dataset = workspace_dataset(config, model, progress)
         calibrating = config.quantization.calibration.sampling_size
@@ -109,6 +109,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             operators=tuple(operators),
             fingerprint=model.fingerprint,
             folder=os.path.relpath(config.model.folder.resolve(), config.output.resolve()),
+            place=place(config.model.folder),
             synthetic=quality,
         )
         from inc_clusterq.report.losses import loss_figure  # heavy: only once there is something to draw

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,10 +42,25 @@ def call_reference(reference: str, folder: Path, error: type[UserError]) -> Any:
             near = get_close_matches(function_name, [name for name in dir(module) if callable(getattr(module, name, None))], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise error(f"{reference}: {module_name} ({module.__file__}) has no function {function_name!r}{hint}")
+        if needed := _needed(function):
+            raise error(
+                f"{reference}: {function_name}() is called without arguments and needs {', '.join(needed)}; name a function "
+                "that passes them"
+            )
         try:
             return function()
         except (Exception, SystemExit) as failure:
             raise error(f"{reference}: {function_name}() failed: {_last_line(failure)}") from failure
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """Arguments that a function cannot be called without; none where it does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in optional]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,11 @@ from inc_clusterq.synthesis.quality import SetQuality
 from inc_clusterq.tuning import TuningOutcome
 
 FORMAT = 1
+
+
+def place(folder: Path) -> str:
+    """Digest of where a folder lies, which can be passed on where the path is nobody's business."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Result:
     operators: tuple[Operator, ...] = ()  # what the compiler made of each
     fingerprint: str = ""  # of the float model
     folder: str = "."  # of the YAML, relative to `output`
+    place: str = ""  # the same as a digest: where a result has been moved, `folder` leads to another one
     synthetic: SetQuality | None = None  # how good the calibration set is
 
     @property
@@ -76,6 +83,7 @@ class Result:
             "config": dict(self.config),
             "fingerprint": self.fingerprint,
             "folder": self.folder,
+            "place": self.place,
             "synthetic": self.synthetic.as_dict() if self.synthetic is not None else None,
         }
 

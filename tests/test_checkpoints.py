@@ -23,7 +23,7 @@ def state() -> dict[str, Tensor]:
     return net().state_dict()
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".ckpt"])
 def test_what_was_saved_is_what_is_read(tmp_path: Path, state: dict[str, Tensor], suffix: str) -> None:
     file = tmp_path / f"net{suffix}"
     if suffix == ".safetensors":
@@ -51,6 +51,14 @@ def test_the_name_of_the_module_that_held_the_model_is_taken_off_where_all_then_
     assert all(torch.equal(value, state[name] + 1) for name, value in module.state_dict().items() if value.is_floating_point())
     with pytest.raises(ModelError, match=r"7 not in the model: net\.0\.weight"):
         fit_state(net(), {name.replace("1.bias", "2.bias"): value for name, value in held.items()}, "it")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_torchscript_archive_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    torch.jit.trace(net().eval(), torch.zeros(1, 1, 4, 4)).save(tmp_path / "net.pt")
+    with pytest.raises(ModelError, match=r"is a TorchScript archive; save `model.state_dict\(\)`") as raised:
+        read_state(tmp_path / "net.pt")
+    assert "weights_only" not in str(raised.value)
 
 
 class _Own:
@@ -87,7 +95,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, suffix: str, content: bytes) 
 def test_a_missing_file_and_an_unknown_suffix_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         read_state(tmp_path / "net.pt")
-    with pytest.raises(ModelError, match=r"must end in \.safetensors, \.pt or \.pth"):
+    with pytest.raises(ModelError, match=r"must end in \.safetensors, \.pt, \.pth or \.ckpt"):
         read_state(tmp_path / "net.onnx")
 
 

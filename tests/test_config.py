@@ -66,6 +66,16 @@ def test_checkpoints_and_functions_are_relative_to_the_yaml_but_outputs_are_not(
     assert (config.output, config.tuning.workspace.path) == (Path("results"), Path("nc_workspace"))
 
 
+def test_the_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    places = {"output": "~/results", "tuning": {"workspace": {"path": "~/kept"}}}
+    config = load(tmp_path, model={**MODEL, "weights": "~/net.pth"}, **places)
+    assert config.model.checkpoint == tmp_path / "home" / "net.pth"
+    assert (config.output, config.tuning.workspace.path) == (tmp_path / "home" / "results", tmp_path / "home" / "kept")
+    with pytest.raises(ConfigError, match="the home folder of ~nobody-of-this-name/results is not known"):
+        load(tmp_path, output="~nobody-of-this-name/results")
+
+
 def test_published_weights_are_no_file(tmp_path: Path) -> None:
     model = {**MODEL, "architecture": "torchvision:resnet18", "weights": "DEFAULT"}
     assert load(tmp_path, model=model).model.checkpoint is None

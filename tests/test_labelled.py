@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from inc_clusterq.config import AccuracyConfig
 from inc_clusterq.errors import DatasetError
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.labelled import load_labelled, load_npz
+from inc_clusterq.labelled import checked, load_labelled, load_npz
 from inc_clusterq.models import FloatModel
 
 MODEL = FloatModel("net", nn.Identity(), InputSpec((2, 4)), 3, "")
@@ -29,6 +30,26 @@ def test_a_labelled_set_arrives_as_float32_and_int64(tmp_path: Path, write_modul
     assert torch.equal(labels, torch.tensor([0, 2, 1]))
 
 
+@pytest.mark.parametrize(
+    "result",
+    [
+        "[torch.ones(5, 2, 4), torch.arange(5) % 3]",
+        "torch.ones(5, 2, 4).numpy(), (torch.arange(5) % 3).numpy().astype('uint16')",
+        "torch.utils.data.DataLoader([(torch.ones(2, 4), number % 3) for number in range(5)], batch_size=2)",
+    ],
+)
+def test_a_labelled_set_may_come_in_usual_forms(tmp_path: Path, write_module: Callable[[str], str], result: str) -> None:
+    inputs, labels = load(tmp_path, write_module, result)
+    assert torch.equal(inputs, torch.ones(5, 2, 4))
+    assert labels.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_channels_that_come_last_are_told() -> None:
+    model = replace(MODEL, input=InputSpec((3, 4, 5)))
+    with pytest.raises(DatasetError, match=r"channels come first: inputs\.permute\(0, 3, 1, 2\)"):
+        checked("it", torch.ones(2, 4, 5, 3), torch.zeros(2).long(), model)
+
+
 def test_inputs_out_of_the_range_are_told(
     tmp_path: Path, write_module: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -41,10 +62,14 @@ def test_inputs_out_of_the_range_are_told(
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ("[1, 2]", "must return two tensors, .* it returned list"),
-        ("torch.ones(3, 2, 4), [0, 1, 2]", "must return two tensors, .* it returned tuple of Tensor, list"),
+        ("[1, 2]", r"must return \(inputs, labels\), .* it returned list of int, int"),
+        ("torch.ones(3, 2, 4), [0, 1, 2]", r"must return \(inputs, labels\), .* it returned tuple of Tensor, list"),
+        ("torch.utils.data.DataLoader([1, 2])", r"must return \(inputs, labels\), .* it returned Tensor"),
+        ("torch.utils.data.DataLoader([(torch.ones(2, 4), 0), (torch.ones(2, 5), 0)])", "its DataLoader failed: RuntimeError"),
+        ("torch.ones(3, 2, 4), torch.eye(3).long()", r"one class number for each of the 3 inputs, such as argmax\(1\) gives"),
+        ("torch.ones(3, 2, 4), torch.tensor([1, 2, 3])", "the classes 0 to 2; subtract 1"),
         ("torch.ones(3, 2, 5), torch.zeros(3).long()", r"shape \(3, 2, 5\); they must be floats of shape \(N, 2, 4\)"),
-        ("torch.ones(3, 2, 4).byte(), torch.zeros(3).long()", "inputs are torch.uint8"),
+        ("torch.ones(3, 2, 4).byte(), torch.zeros(3).long()", r"inputs are torch.uint8 .* \(inputs.float\(\) - mean\) / std"),
         ("torch.ones(0, 2, 4), torch.zeros(0).long()", r"shape \(0, 2, 4\)"),
         ("torch.ones(3, 2, 4), torch.zeros(3)", "labels are torch.float32"),
         ("torch.ones(3, 2, 4), torch.zeros(4).long()", r"labels are torch.int64 of shape \(4,\)"),
@@ -71,6 +96,9 @@ def test_an_empty_or_a_damaged_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(DatasetError, match=r"set.npz is not an .npz file"):
         load_npz(file, MODEL)
+    np.save(tmp_path / "set.npy", np.ones(3))
+    with pytest.raises(DatasetError, match=r"set.npy holds a single array; it must be an .npz file"):
+        load_npz(tmp_path / "set.npy", MODEL)
     np.savez_compressed(file, inputs=np.random.default_rng(0).random((9, 2, 4), np.float32), labels=np.zeros(9, np.int64))
     whole = file.read_bytes()
     for place in range(60, 160, 5):

@@ -180,6 +180,7 @@ class Returns(nn.Module):
         (lambda x: x.flatten(1)[:1], r"of shape \(1, 64\) for 2 samples"),
         (lambda x: x.flatten(1).softmax(1), "take the softmax out"),
         (lambda x: x.flatten(1) / 0, "not finite"),
+        (lambda x: (x - x.mean(0)).flatten(1), "depends on what else is in the batch"),
         (
             lambda x: x @ torch.zeros(3, 3),
             r"does not take an input of shape \(2, 1, 8, 8\), model.input.shape is \[1, 8, 8\]",
@@ -246,6 +247,26 @@ def test_a_torchvision_checkpoint_brings_its_own_number_of_classes(tmp_path: Pat
     loaded = load_model(torchvision_config(tmp_path, "mobilenet_v2", "net.pth"))
     assert loaded.num_classes == 7
     assert loaded.fingerprint == fingerprint(trained, loaded.input)
+
+
+def test_a_torchvision_checkpoint_may_lack_the_heads_that_only_training_uses(tmp_path: Path) -> None:
+    import torchvision
+
+    trained = torchvision.models.googlenet(num_classes=5, aux_logits=False, init_weights=False)
+    torch.save(trained.state_dict(), tmp_path / "net.pth")
+    loaded = load_model(torchvision_config(tmp_path, "googlenet", "net.pth"))
+    assert loaded.num_classes == 5
+    assert loaded.fingerprint == fingerprint(trained, loaded.input)
+
+
+def test_a_torchvision_network_with_another_head_is_to_be_made_by_a_function(tmp_path: Path) -> None:
+    import torchvision
+
+    trained = torchvision.models.shufflenet_v2_x0_5()
+    trained.fc = nn.Sequential(nn.Dropout(), trained.fc)
+    torch.save(trained.state_dict(), tmp_path / "net.pth")
+    with pytest.raises(ModelError, match=r"2 not in the model: fc\.1\.weight, .* name a function that makes it"):
+        load_model(torchvision_config(tmp_path, "shufflenet_v2_x0_5", "net.pth"))
 
 
 def test_published_weights_come_from_the_cache_and_are_never_downloaded(

@@ -253,6 +253,8 @@ def test_only_errors_of_its_own_files_are_blamed_on_the_output(tmp_path: Path) -
         open_in(folder)
     with pytest.raises(OutputError, match="No space left"), filled_whole(tmp_path / "out", overwrite=True):
         raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OutputError, match="No space left"), filled_whole(tmp_path / "out", overwrite=True) as folder:
+        raise OSError(errno.ENOSPC, "No space left on device", "where it comes from", None, str(folder / "where it goes"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,7 +38,10 @@ def test_a_function_of_an_installed_package_is_called(tmp_path: Path) -> None:
         ("def net():\n    raise ValueError('too\\n wide')", "net() failed: ValueError: too wide (NAME.py, line 2)"),
         ("import sys\ndef net():\n    sys.exit(0)", "net() failed: SystemExit: 0 (NAME.py, line 3)"),
         ("import sys\nsys.exit('no')", "cannot be imported: SystemExit: no (NAME.py, line 2)"),
-        ("def net(width): ...", "net() failed: TypeError: net() missing 1 required positional argument: 'width'"),
+        (
+            "def net():\n    return int(1, 2, 3)",
+            "net() failed: TypeError: int() takes at most 2 arguments (3 given) (NAME.py, line 2)",
+        ),
     ],
 )
 def test_the_users_own_failure_is_shown_with_its_last_line(
@@ -51,6 +54,12 @@ def test_the_users_own_failure_is_shown_with_its_last_line(
     assert message.replace("NAME", name) in str(raised.value)
     assert "\n" not in str(raised.value)
     assert sys.path == path
+
+
+def test_a_function_that_needs_arguments_is_told_which(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    name = write_module("def net(width, depth=3, **others): return width")
+    with pytest.raises(ModelError, match=r"net\(\) is called without arguments and needs width; name a function that passes"):
+        call_reference(f"python:{name}:net", tmp_path, ModelError)
 
 
 def test_a_module_that_is_not_there_is_named_with_the_folder(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The host multiplies a BatchNorm into the weight and the bias of the operator whose output it reads, and asks neither who else
 reads that output, as do the shortcuts of pre-activation networks; nor who else reads that weight, as does every further call of
-a shared backbone, which would be folded over and over; nor whether the weight is a parameter, as a fixed filter is not.
+a shared backbone, which would be folded over and over; nor whether the weight is a parameter, as a fixed filter is not. It
+folds into transposed convolutions in groups as if they had none, and reads statistics that a BatchNorm without any lacks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from inc_clusterq.reconstruction.graph import WEIGHTED, attribute
 
 aten = torch.ops.aten
 NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default}
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+GROUPS = 6  # their position among the arguments of these, where they are not 1
+STATISTICS = slice(3, 5)  # of a BatchNorm, among its arguments
 
 
 def isolate_folds(graph_module: fx.GraphModule) -> int:
@@ -32,7 +36,7 @@ def isolate_folds(graph_module: fx.GraphModule) -> int:
         product = norm.args[0]
         if not isinstance(product, fx.Node) or product.target not in WEIGHTED:
             continue
-        if len(product.users) > 1:
+        if len(product.users) > 1 or not _folds(product, norm):
             with graph.inserting_before(norm):
                 between = graph.call_function(aten.clone.default, (product,))
             between.meta = {"val": product.meta["val"]}
@@ -57,3 +61,9 @@ def isolate_folds(graph_module: fx.GraphModule) -> int:
     if changed:
         graph_module.recompile()
     return changed
+
+
+def _folds(product: fx.Node, norm: fx.Node) -> bool:
+    """Whether the host folds these two as they are to be folded."""
+    in_groups = product.target in TRANSPOSED and product.args[GROUPS : GROUPS + 1] not in ((), (1,))
+    return not in_groups and None not in norm.args[STATISTICS]

@@ -32,6 +32,7 @@ from inc_clusterq.deployment.targets import load_inductor, target
 from inc_clusterq.errors import ConfigError, ResultError
 from inc_clusterq.models import load_model
 from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.result import place
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +105,19 @@ def bench(
     """Time a saved result on `targets`.
 
     Raises:
-        ResultError: the result is missing, damaged, or of another version.
+        ResultError: the result is missing, damaged, of another version, of another place, or of another network.
         ModelError: the float model cannot be loaded from where it was.
         MissingDependencyError: a run time is not installed.
     """
     chosen = [target(name) for name in dict.fromkeys(targets)]
     saved = open_result(result)
-    model = load_model((load_config(config_file) if config_file else _config(saved)).model)
+    config = load_config(config_file) if config_file else _config(saved)
+    if (shape := config.model.input.spec().shape) != saved.shape:
+        raise ResultError(
+            f"result {result} takes inputs of shape {list(saved.shape)}, and those of {config_file or 'its YAML'} have "
+            f"{list(shape)}: name the YAML that it was made from with --config"
+        )
+    model = load_model(config.model)
     if saved.report.get("fingerprint", model.fingerprint) != model.fingerprint:
         logger.warning("The float model %s is not the one that was quantized: its code or its weights are others", model.name)
     processor = cpu()
@@ -171,6 +178,11 @@ def _config(saved: SavedModel) -> Config:
         raise ResultError(
             f"result {saved.folder} names {folder} as the folder of the model's code, which lies in the result itself, and "
             "none of its own code is run: name the job's YAML with --config"
+        )
+    if saved.report.get("place") != place(folder):
+        raise ResultError(
+            f"result {saved.folder} has been moved since it was made, and {folder} is another folder than that of the model's "
+            "code: name the job's YAML with --config"
         )
     try:
         return Config.model_validate(dict(saved.report["config"]), context={"folder": folder})

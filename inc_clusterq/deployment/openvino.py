@@ -24,6 +24,7 @@ MODEL, WEIGHTS = "model.xml", "model.bin"
 # Pinned threads wait for their processor where something else runs on it, several times as long as a call takes.
 HINTS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 INTEGERS = {"u8", "i8"}
+REASON = 500  # characters of what OpenVINO says
 
 
 def export(module: fx.GraphModule, folder: Path) -> None:
@@ -41,9 +42,11 @@ def export(module: fx.GraphModule, folder: Path) -> None:
         try:
             converted = openvino.convert_model(str(file))
         except Exception as error:  # its exceptions share no base class
-            reason = " ".join(str(error).split())[:300]
-            raise DeploymentError(f"OpenVINO does not take the model: {type(error).__name__}: {reason}") from error
+            raise DeploymentError(f"OpenVINO does not take the model: {type(error).__name__}: {_reason(error)}") from error
+    try:
         openvino.save_model(converted, str(folder / MODEL), compress_to_fp16=False)
+    except Exception as error:
+        raise DeploymentError(f"OpenVINO cannot write {MODEL}: {_reason(error)}") from error
 
 
 class OpenVinoModel:
@@ -69,8 +72,7 @@ def load(folder: Path, threads: int | None = None) -> OpenVinoModel:
         core = openvino.Core()
         return OpenVinoModel(core.compile_model(core.read_model(str(folder / MODEL)), "CPU", hints))
     except Exception as error:  # its exceptions share no base class
-        reason = " ".join(str(error).split())[:300]
-        raise DeploymentError(f"OpenVINO cannot open {folder / MODEL}: {reason}") from error
+        raise DeploymentError(f"OpenVINO cannot open {folder / MODEL}: {_reason(error)}") from error
 
 
 def operators(module: fx.GraphModule, folder: Path) -> list[Operator]:
@@ -102,6 +104,12 @@ def _operator(source: SourceOperator, kernel: tuple[str, str, bool] | None) -> O
     if source.kind == "addition" and not source.quantizable:
         return describe(source, "float", text, "the evaluated model adds before it rounds")
     return describe(source, "float", text, f"OpenVINO chose {precision} for it")
+
+
+def _reason(error: Exception) -> str:
+    """The end of what OpenVINO says, behind the places in its own sources."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= REASON else f"... {said[-REASON:]}"
 
 
 def _text(value: Any) -> str:

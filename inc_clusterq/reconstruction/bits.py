@@ -1,13 +1,14 @@
 """Which quantizer gets how many bits.
 
 The protocol of the papers: the first and the last layer keep 8 bits, weights and inputs, whatever the rest gets. Both
-are found in the graph: a first layer has no weighted operator before it, a last layer none behind it.
+are found in the graph: a first layer has no weighted operator before it, a last layer none behind it. So do tensors that
+the network holds itself and adds to its feature maps, for example: 8 bits of theirs cost nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -75,18 +76,40 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
                 bits[layer.quantizer] = override.weight or (max(plan.edge, plan.weight) if edge else plan.weight)
         elif is_observer(node) and node.name in before:
             edge = not before[node.name] or behind[node.name] <= last
-            asked = [plan.asked(layers[name]).activation for name in behind[node.name]]
-            wanted = max((value for value in asked if value), default=None)
-            found = wanted or (max(plan.edge, plan.activation) if edge else plan.activation)
+            asked = {layers[name].name: plan.asked(layers[name]).activation for name in sorted(behind[node.name])}
+            usual = max(plan.edge, plan.activation) if edge else plan.activation
+            found = max((value for value in asked.values() if value), default=usual)
+            if found < usual and (others := tuple(name for name, value in asked.items() if not value)):
+                _tell_of_readers(tuple(name for name, value in asked.items() if value), others, found)
             # One observer may stand at several places (pooling keeps its input's scale): the finest request counts.
             bits[str(node.target)] = found
-    return _same_for_shared(graph_module, bits)
+    bits = _same_for_shared(graph_module, bits)
+    return {**dict.fromkeys(_constants(graph_module, bits, before), max(plan.edge, plan.activation)), **bits}
+
+
+def _constants(graph_module: fx.GraphModule, bits: Mapping[str, int], before: Mapping[str, bool]) -> Iterator[str]:
+    """Quantizers of tensors that the network holds and adds, say; theirs alone, since no layer's name stands for them."""
+    modules = {id(getattr(graph_module, name)) for name in bits}
+    for node in graph_module.graph.nodes:
+        if is_observer(node) and node.name not in before and id(getattr(graph_module, str(node.target))) not in modules:
+            yield str(node.target)
 
 
 @cache
 def _tell(kinds: str) -> None:
     """Once, and not in every trial."""
     logger.warning("bits are given for %s layers, and the model has none", kinds)
+
+
+@cache
+def _tell_of_readers(named: tuple[str, ...], others: tuple[str, ...], bits: int) -> None:
+    """Once, and not in every trial."""
+    logger.warning(
+        "op_wise or optype_wise gives the input of %s %d bits, and %s reads the same: it gets no more",
+        ", ".join(named),
+        bits,
+        ", ".join(others),
+    )
 
 
 def _same_for_shared(graph_module: fx.GraphModule, bits: dict[str, int]) -> dict[str, int]:

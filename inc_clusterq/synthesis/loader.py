@@ -61,8 +61,10 @@ class ClusterQDataLoader:
         progress: Progress = SILENT,
     ) -> None:
         for name, value in (("sampling_size", sampling_size), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
         if batch_size > MOST_PER_BATCH:
             raise ValueError(f"batch_size is {batch_size}; it must be at most {MOST_PER_BATCH}")
         batch_norms(model)

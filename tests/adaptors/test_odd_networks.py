@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inc_clusterq import MRECGConfig
-from inc_clusterq.deployment.backend import QUANTIZE
+from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE
 from inc_clusterq.deployment.inductor import compile_frozen
 from inc_clusterq.deployment.inductor_operators import compile_and_list
+from inc_clusterq.deployment.operators import source_operators
 
 DYNAMIC = ({0: torch.export.Dim("batch", min=1, max=64)},)
 aten = torch.ops.aten
@@ -122,6 +123,42 @@ class Blurred(Odd):
     def forward(self, x: Tensor) -> Tensor:
         blurred = functional.conv2d(torch.relu(self.one(x)), self.filter, stride=2, groups=8)  # type: ignore[arg-type]
         return self.end(self.two(torch.relu(self.norm(blurred))))
+
+
+class UpsampledInGroups(Odd):
+    """Has a BatchNorm behind a transposed convolution in groups."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(8, channels, 2, stride=2, groups=groups)
+        self.norm, self.two = normed(channels), nn.Conv2d(channels, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.two(torch.relu(self.norm(self.up(torch.relu(self.one(x)))))))
+
+
+class Positioned(Odd):
+    """Adds a tensor of its own to a feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle, self.position = nn.Conv2d(8, 8, 3, padding=1), nn.Parameter(torch.rand(1, 8, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.two(torch.relu(self.middle(torch.relu(self.one(x))) + self.position)))
+
+
+class Multiplied(Odd):
+    """Has matrices of its own in place of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.rand(8, 16) - 0.3), nn.Parameter(torch.rand(5, 16) - 0.5)
+        self.offset = nn.Parameter(torch.rand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.relu(self.two(torch.relu(self.one(x)))).mean((2, 3))
+        return torch.relu(torch.addmm(self.offset, features, self.first)) @ self.second.t()
 
 
 class Recurrent(Odd):
@@ -233,6 +270,38 @@ def test_a_batch_norm_is_folded_where_nothing_else_changes_by_it(images: Tensor,
     model = quantized(net, images, w_bits=8, act_bits=8)
     assert error(model(images), net(images)) < 0.03
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("groups", "channels"), [(1, 8), (4, 16), (8, 8)])
+def test_a_batch_norm_behind_a_transposed_convolution_in_groups_is_kept(images: Tensor, groups: int, channels: int) -> None:
+    torch.manual_seed(0)
+    net = UpsampledInGroups(groups, channels)
+    assert error(quantized(net, images, w_bits=8, act_bits=8)(images), net(images)) < 0.03
+
+
+@torch.no_grad()
+def test_a_tensor_of_the_networks_own_has_8_bits(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = quantized(Positioned(), images, w_bits=4, act_bits=4)
+    (addition,) = (node for node in model.graph.nodes if node.target is aten.add.Tensor)
+    assert addition.args[1].target is DEQUANTIZE
+    assert addition.args[1].args[4] == 255  # and no clamp in front
+    assert addition.args[1].args[0].op == "get_attr"
+    raised = quantized(Positioned(), images, w_bits=4, act_bits=4, fallback_units=9)
+    assert {unit.lowest_bits for unit in raised.reconstruction.units} == {8}
+
+
+@torch.no_grad()
+def test_a_product_with_a_matrix_of_the_networks_own_is_a_linear_layer(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Multiplied()
+    model = quantized(net, images, w_bits=8, act_bits=8)
+    assert error(model(images), net(images)) < 0.03
+    assert {(found.kind, found.quantized) for found in source_operators(model) if found.kind == "linear"} == {("linear", True)}
+    assert sum(found.kind == "linear" for found in source_operators(model)) == 2
+    narrow = quantized(net, images, w_bits=4, act_bits=4)  # the last layer is a product, so both convolutions are not
+    assert sorted(unit.lowest_bits for unit in narrow.reconstruction.units)[0] == 4
 
 
 @torch.no_grad()

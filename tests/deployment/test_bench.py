@@ -23,6 +23,7 @@ from inc_clusterq.pipeline import _within_range
 from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.quantizers import install_quantizers
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.result import place
 
 SavedResult = Callable[..., SavedModel]
 OLD = Cpu("old", "x86_64", frozenset({"avx2", "avx512f"}))
@@ -125,6 +126,15 @@ def test_the_float_model_is_found_where_the_result_says(
             bench(folder, (1,), ("onnxruntime",))
         model = {**report["config"]["model"], "architecture": f"python:{write_module(NET)}:net"}
         found = {**report, "fingerprint": "of another network", "folder": str(tmp_path), "config": {"model": model}}
+        (folder / "result.json").write_text(json.dumps(found))
+        with pytest.raises(ResultError, match=r"has been moved since it was made, .* name the job's YAML with --config"):
+            bench(folder, (1,), ("onnxruntime",))
+        found["place"] = place(tmp_path)
+        (folder / "result.json").write_text(
+            json.dumps({**found, "config": {"model": {**model, "input": {"shape": [3, 5, 5]}}}})
+        )
+        with pytest.raises(ResultError, match=r"takes inputs of shape \[3, 8, 8\], and those of its YAML have \[3, 5, 5\]"):
+            bench(folder, (1,), ("onnxruntime",))
         (folder / "result.json").write_text(json.dumps(found))
         with caplog.at_level("WARNING"):
             measured = bench(folder, (1, 2), ("onnxruntime", "openvino"), threads=1)

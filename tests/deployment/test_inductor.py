@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._inductor.exc import CppCompileError
 from torch._inductor.utils import run_and_get_code
 
-from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen
+from inc_clusterq.deployment.inductor import Compiled, check_parity, compile_frozen, difference
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.errors import DeploymentError
@@ -97,6 +97,19 @@ def test_the_deviation_is_a_share_of_the_outputs_range(pair: tuple[nn.Module, Te
         outputs = model(inputs)
     spread = float(outputs.max() - outputs.min())
     assert check_parity(model, Shifted(model, 0.005 * spread), inputs).in_range == pytest.approx(0.005, rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_class_that_is_masked_out_hides_no_difference() -> None:
+    torch.manual_seed(0)
+    model, other = nn.Linear(10, 20), nn.Linear(10, 20)
+    inputs = torch.randn(32, 10)
+    plain = difference(other(inputs), model(inputs))
+    for masked in (model, other):
+        masked.bias[0] = -1e4
+    with pytest.raises(DeploymentError, match="differs from the evaluated one"):
+        check_parity(model, other, inputs)
+    assert difference(other(inputs), model(inputs)).rms > plain.rms / 10
 
 
 @pytest.mark.parametrize("factor", [0.05, float("nan"), float("inf")])

@@ -64,6 +64,13 @@ def test_of_two_layers_that_read_one_tensor_the_finer_request_counts(prepared: P
     assert inputs["reduce.0"] == inputs["shortcut.0"] == 7
 
 
+def test_a_layer_whose_input_another_one_lowers_is_named(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
+    plan = BitPlan(8, 8, layers={"reduce.0": LayerBits(activation=3)})
+    _, inputs = bits_of(prepared("grouped"), plan)
+    assert inputs["shortcut.0"] == 3
+    assert "gives the input of reduce.0 3 bits, and shortcut.0 reads the same" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [(("a.0", "b.1", "head"), r"b\.1, head; did you mean b\.0"), (("head",), r"head; it has: stem\.0, a\.0, b\.0, c\.0, fc")],

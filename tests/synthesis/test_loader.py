@@ -130,9 +130,10 @@ def test_mistakes_are_said_at_once(trained: nn.Module, spec: InputSpec) -> None:
         ClusterQDataLoader(nn.Sequential(nn.Flatten(), nn.Linear(126, 4)), spec)
     with pytest.raises(ModelError, match="does not take an input of shape"):
         ClusterQDataLoader(trained, InputSpec((3, 9, 7)))
-    for wrong in ({"sampling_size": 0}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="it must be at least 1"):
-            ClusterQDataLoader(trained, spec, **wrong)  # type: ignore[arg-type]
+    mistakes: list[dict[str, Any]] = [{"sampling_size": 0}, {"batch_size": 0}, {"sampling_size": "many"}, {"seed": -1}]
+    for wrong in mistakes:
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; it must be a whole number"):
+            ClusterQDataLoader(trained, spec, **wrong)
 
 
 def test_it_can_be_read_first_where_nothing_is_differentiated(
