@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _records(kind: str) -> list[dict[str, Any]]:
-    files = sorted((ROOT / "docs" / "figures").glob(f"{kind}-*.json"))
+    files = sorted((ROOT / "docs" / "figures").glob(f"{kind}-*.json"), key=lambda file: file.stem)
     records = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
     for name, record in records.items():
         if "seeds" in record and (missing := unfinished(record)):
@@ -74,12 +74,12 @@ def _sections(records: list[dict[str, Any]]) -> str:
 
 
 def _summary(records: list[dict[str, Any]]) -> str:
-    lines = [row(["network", "width", "float", *SUMMARY]), row(["---"] * (len(SUMMARY) + 3))]
+    lines = [row(["network", "preset", "width", "float", *SUMMARY]), row(["---"] * (len(SUMMARY) + 4))]
     for record in records:
         for net, found in record["top1"].items():
             for width, by_column in found["top1"].items():
                 cells = [cell(by_column[column]) for column in SUMMARY]
-                lines.append(row([net, width, f"{found['float']:.2f}", *cells]))
+                lines.append(row([net, record["preset"], width, f"{found['float']:.2f}", *cells]))
     return "\n".join([*lines, ""])
 
 
@@ -134,7 +134,7 @@ def _section(record: dict[str, Any]) -> str:
     lines = []
     for net, found in record["top1"].items():
         columns = list(next(iter(found["top1"].values())))
-        lines += [f"## {net}, float {found['float']:.2f}", ""]
+        lines += [f"## {net}, preset {record['preset']}, float {found['float']:.2f}", ""]
         lines += [row(["width", *columns]), row(["---"] * (len(columns) + 1))]
         for width, by_column in found["top1"].items():
             lines.append(row([width, *[cell(by_column[column]) for column in columns]]))
