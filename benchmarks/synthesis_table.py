@@ -99,5 +99,6 @@ def _numbers(records: list[dict[str, Any]]) -> list[str]:
         for (net, source), numbers in several.items()
         for images in sorted(numbers)
     ]
-    others = [line for record in records if record["images"] != IMAGES for line in conditions(record)]
+    unusual = sorted((record for record in records if record["images"] != IMAGES), key=lambda record: int(record["images"]))
+    others = [line for record in unusual for line in conditions(record)]
     return [*table(["network", "source", "images", *columns], rows), "", *others]
