@@ -1,12 +1,11 @@
 """Saving as the host saves, so that its loader reads it, but for two faults of its function.
 
-On a full disk torch's writer of archives ends the whole process while it closes the file; so the archive is made in memory. And
-the host puts a dictionary in the place of the model's configuration, with which a second call raises.
+It lets torch write the archive, which on a full disk ends the whole process; and it puts a dictionary in the place of the
+model's configuration, with which a second call raises.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from neural_compressor.torch.utils import QCONFIG_NAME, WEIGHT_NAME
 from torch import nn
 
+from inc_clusterq.deployment.qdq import archived
 from inc_clusterq.output import replace_file
 
 
@@ -26,9 +26,7 @@ def save(model: nn.Module, example_inputs: tuple[Any, ...], output_dir: str = ".
     """
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    program = torch.export.export(model, example_inputs, dynamic_shapes=getattr(model, "dynamic_shapes", None))
-    archive = io.BytesIO()
-    torch.export.save(program, archive)
-    replace_file(folder / WEIGHT_NAME, archive.getvalue())
-    configs = {key: config.to_dict() for key, config in getattr(model, "qconfig", {}).items()}
+    program = torch.export.export(model, example_inputs, dynamic_shapes=model.dynamic_shapes)
+    replace_file(folder / WEIGHT_NAME, archived(program))
+    configs = {key: config.to_dict() for key, config in model.qconfig.items()}  # type: ignore[operator, union-attr]
     replace_file(folder / QCONFIG_NAME, json.dumps(configs, indent=4).encode())

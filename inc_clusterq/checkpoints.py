@@ -16,7 +16,7 @@ SHOWN = 5
 """So many names are listed of each kind of misfit."""
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
-
+ENDINGS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts put a state dict beside their optimiser's."""
@@ -28,7 +28,7 @@ PREFIXES = ("module.", "_orig_mod.")
 def read_state(path: Path) -> dict[str, Tensor]:
     """The named tensors of a file, without the wrapping and the prefixes that training scripts leave behind."""
     if path.suffix not in SUFFIXES:
-        raise ModelError(f"checkpoint {path}: the file name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise ModelError(f"checkpoint {path}: the file name must end in {ENDINGS}")
     if not path.is_file():
         raise ModelError(f"checkpoint {path}: no such file")
     try:

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """The digest (hex) of tensors of any type, whatever their order."""
     digest = hashlib.sha256()
-    update(digest, sorted(tensors.items()))
-    return digest.hexdigest()
-
-
-def update(digest: _Hash, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Take tensors into a digest, in the order given."""
-    for name, tensor in tensors:
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(content(tensor))
+    return digest.hexdigest()
 
 
 def content(tensor: Tensor) -> memoryview:

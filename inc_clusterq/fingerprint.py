@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from inc_clusterq.checksum import update
+from inc_clusterq.checksum import checksum
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.modes import evaluated
 
@@ -28,7 +28,7 @@ def fingerprint(module: nn.Module, spec: InputSpec) -> str:
     """SHA-256 (hex) of structure, parameters, buffers and rounded outputs: equal for networks that compute the same."""
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(module)).encode())
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    update(digest, sorted(tensors, key=lambda pair: pair[0]))
+    digest.update(checksum(dict(tensors)).encode())
     with torch.random.fork_rng(), torch.no_grad(), evaluated(module), _noted(module) as noted:
         torch.manual_seed(0)  # some networks draw random numbers in eval mode too
         module(ramp(module, spec))

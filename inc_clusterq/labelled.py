@@ -26,15 +26,16 @@ OUTSIDE = 0.01  # of the range: so far beyond it come resized and rounded images
 def load_labelled(config: AccuracyConfig, model: FloatModel) -> tuple[Tensor, Tensor]:
     """Inputs (N, *shape), float32, normalised as the model takes them, and labels (N,), int64; or DatasetError."""
     found = call_reference(config.dataset, config.folder, DatasetError)
-    if isinstance(found, DataLoader):
-        found = _read(config.dataset, found)
-    return checked(config.dataset, *_pair(config.dataset, found), model)
+    inputs, labels = _read(config.dataset, found) if isinstance(found, DataLoader) else _pair(config.dataset, found)
+    return _checked(config.dataset, inputs, labels, model)
 
 
-def _read(name: str, loader: DataLoader[Any]) -> tuple[Tensor, ...]:
+def _read(name: str, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
     try:
-        pairs = [_pair(name, batch) for batch in loader]
-        return tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
+        batches = [_pair(name, batch) for batch in loader]
+        if not batches:
+            raise DatasetError(f"{name} returned a DataLoader without a batch")
+        return torch.cat([inputs for inputs, _ in batches]), torch.cat([labels for _, labels in batches])
     except DatasetError:
         raise
     except Exception as failure:  # the user's own data: anything can come out of reading it
@@ -43,7 +44,10 @@ def _read(name: str, loader: DataLoader[Any]) -> tuple[Tensor, ...]:
 
 def _pair(name: str, found: object) -> tuple[Tensor, Tensor]:
     if isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in found):
-        inputs, labels = (part if isinstance(part, Tensor) else _tensor(part) for part in found)
+        try:
+            inputs, labels = (part if isinstance(part, Tensor) else _tensor(part) for part in found)
+        except TypeError as error:
+            raise DatasetError(f"{name} returned an array that is not of numbers: {error}") from error
         return inputs, labels
     parts = " of " + ", ".join(type(part).__name__ for part in found[:3]) if isinstance(found, tuple | list) else ""
     raise DatasetError(
@@ -53,7 +57,8 @@ def _pair(name: str, found: object) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64) if array.dtype.kind == "u" and array.ndim == 1 else array)
+    numbers = array.astype(np.int64) if array.dtype.kind == "u" and array.ndim == 1 else array
+    return torch.from_numpy(np.ascontiguousarray(numbers))
 
 
 def load_npz(file: Path, model: FloatModel) -> tuple[Tensor, Tensor]:
@@ -71,11 +76,10 @@ def load_npz(file: Path, model: FloatModel) -> tuple[Tensor, Tensor]:
         raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
     except (BadZipFile, zlib.error, EOFError, ValueError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file} is not an .npz file of numbers: {error}") from error
-    return checked(str(file), inputs, labels, model)
+    return _checked(str(file), inputs, labels, model)
 
 
-def checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tuple[Tensor, Tensor]:
-    """A labelled set in float32 and int64; DatasetError where it does not suit the model."""
+def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tuple[Tensor, Tensor]:
     if not inputs.is_floating_point() or inputs.shape[1:] != model.input.shape or len(inputs) == 0:
         raise DatasetError(
             f"{name}: inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; they must be floats of shape "

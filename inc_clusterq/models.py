@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from inc_clusterq.checkpoints import SUFFIXES, fit_state, read_state
+from inc_clusterq.checkpoints import ENDINGS, fit_state, read_state
 from inc_clusterq.config import ModelConfig
 from inc_clusterq.errors import ModelError
 from inc_clusterq.fingerprint import fingerprint, ramp
@@ -237,7 +237,7 @@ def _published(name: str, weights_name: str) -> nn.Module:
     if weights_name not in choices.__members__:
         raise ModelError(
             f"model.weights is {weights_name!r}; for {name} it must be one of {', '.join(choices.__members__)}, "
-            f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+            f"or a file that ends in {ENDINGS}"
         )
     weights = choices[weights_name]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name

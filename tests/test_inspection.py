@@ -122,6 +122,13 @@ def test_real_inputs_come_from_a_function_a_file_or_the_yaml_and_agree(bench: Be
     assert len(Addresses((bench.folder / "0" / "inspection.html").read_text()).found) == 5
 
 
+def test_fewer_real_inputs_than_synthetic_ones_are_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    np.savez(bench.folder / "few.npz", inputs=torch.rand(5, 1, 8, 8).numpy(), labels=np.zeros(5, np.int64))
+    done = bench.run("inspect", "made", "--real", "few.npz", "--output", "few")
+    assert done.exit_code == 0, done.output
+    assert "There are 5 real inputs and 28 synthetic ones" in caplog.text
+
+
 def test_a_set_without_classes_is_inspected_too(bench: Bench) -> None:
     bench.write("features")
     assert bench.run("synthesize", "job.yaml", "--output", "maps").exit_code == 0

@@ -12,7 +12,7 @@ from torch import nn
 from inc_clusterq.config import AccuracyConfig
 from inc_clusterq.errors import DatasetError
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.labelled import checked, load_labelled, load_npz
+from inc_clusterq.labelled import load_labelled, load_npz
 from inc_clusterq.models import FloatModel
 
 MODEL = FloatModel("net", nn.Identity(), InputSpec((2, 4)), 3, "")
@@ -34,7 +34,7 @@ def test_a_labelled_set_arrives_as_float32_and_int64(tmp_path: Path, write_modul
     "result",
     [
         "[torch.ones(5, 2, 4), torch.arange(5) % 3]",
-        "torch.ones(5, 2, 4).numpy(), (torch.arange(5) % 3).numpy().astype('uint16')",
+        "torch.ones(5, 2, 4).numpy()[::-1], (torch.arange(5) % 3).numpy().astype('uint16')",
         "torch.utils.data.DataLoader([(torch.ones(2, 4), number % 3) for number in range(5)], batch_size=2)",
     ],
 )
@@ -44,10 +44,11 @@ def test_a_labelled_set_may_come_in_usual_forms(tmp_path: Path, write_module: Ca
     assert labels.tolist() == [0, 1, 2, 0, 1]
 
 
-def test_channels_that_come_last_are_told() -> None:
+def test_channels_that_come_last_are_told(tmp_path: Path) -> None:
     model = replace(MODEL, input=InputSpec((3, 4, 5)))
+    np.savez(tmp_path / "set.npz", inputs=np.ones((2, 4, 5, 3), np.float32), labels=np.zeros(2, np.int64))
     with pytest.raises(DatasetError, match=r"channels come first: inputs\.permute\(0, 3, 1, 2\)"):
-        checked("it", torch.ones(2, 4, 5, 3), torch.zeros(2).long(), model)
+        load_npz(tmp_path / "set.npz", model)
 
 
 def test_inputs_out_of_the_range_are_told(
@@ -66,6 +67,8 @@ def test_inputs_out_of_the_range_are_told(
         ("torch.ones(3, 2, 4), [0, 1, 2]", r"must return \(inputs, labels\), .* it returned tuple of Tensor, list"),
         ("torch.utils.data.DataLoader([1, 2])", r"must return \(inputs, labels\), .* it returned Tensor"),
         ("torch.utils.data.DataLoader([(torch.ones(2, 4), 0), (torch.ones(2, 5), 0)])", "its DataLoader failed: RuntimeError"),
+        ("torch.utils.data.DataLoader([])", "returned a DataLoader without a batch"),
+        ("torch.ones(3, 2, 4), torch.zeros(3).numpy().astype(object)", "returned an array that is not of numbers"),
         ("torch.ones(3, 2, 4), torch.eye(3).long()", r"one class number for each of the 3 inputs, such as argmax\(1\) gives"),
         ("torch.ones(3, 2, 4), torch.tensor([1, 2, 3])", "the classes 0 to 2; subtract 1"),
         ("torch.ones(3, 2, 5), torch.zeros(3).long()", r"shape \(3, 2, 5\); they must be floats of shape \(N, 2, 4\)"),

@@ -36,7 +36,7 @@ def compute_weights(graph_module: fx.GraphModule) -> int:
                 if parts is None:
                     continue
                 computed[source] = unused_name(graph_module, f"{source.name}_computed")
-                value = _value(graph_module, source, parts).clone()
+                value = _value(graph_module, source, parts).clone(memory_format=torch.contiguous_format)
                 graph_module.register_parameter(computed[source], nn.Parameter(value))
             with graph.inserting_before(source):
                 constant = graph.get_attr(computed[source])

@@ -7,6 +7,7 @@ range. The loader here sets `INFERENCE_PRECISION_HINT` to f32; whoever loads the
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ MODEL, WEIGHTS = "model.xml", "model.bin"
 # Pinned threads wait for their processor where something else runs on it, several times as long as a call takes.
 HINTS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 INTEGERS = {"u8", "i8"}
-REASON = 500  # characters of what OpenVINO says
+REASON = 1000  # characters of what OpenVINO says
+PLACES = re.compile(r"(Check '.*?' failed at|Exception from) \S+:\d+:? ?|FrontEnd API failed with \w+: ?")
 
 
 def export(module: fx.GraphModule, folder: Path) -> None:
@@ -107,9 +109,9 @@ def _operator(source: SourceOperator, kernel: tuple[str, str, bool] | None) -> O
 
 
 def _reason(error: Exception) -> str:
-    """The end of what OpenVINO says, behind the places in its own sources."""
-    said = " ".join(str(error).split())
-    return said if len(said) <= REASON else f"... {said[-REASON:]}"
+    """What OpenVINO says, without the places in its own sources, which come first and are longer than the rest."""
+    said = PLACES.sub("", " ".join(str(error).split()))
+    return said if len(said) <= REASON else f"{said[:REASON]} ..."
 
 
 def _text(value: Any) -> str:

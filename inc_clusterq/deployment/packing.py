@@ -28,7 +28,7 @@ from torch.export import ExportedProgram
 
 from inc_clusterq.checksum import checksum
 from inc_clusterq.deployment.backend import DEQUANTIZE_WEIGHT
-from inc_clusterq.deployment.qdq import forget_sources
+from inc_clusterq.deployment.qdq import archived, forget_sources
 from inc_clusterq.deployment.saved import PROGRAM, as_module, open_result
 from inc_clusterq.errors import OutputError, ResultError
 from inc_clusterq.output import replace_file
@@ -182,16 +182,9 @@ def load_packed(file: Path) -> fx.GraphModule:
 
 def _without_weights(program: ExportedProgram) -> Tensor:
     """The program with zeros for its weights, which compress to next to nothing, and without notes of the user's sources."""
-    stripped = torch.export.load(_buffer(program))
+    stripped = torch.export.load(io.BytesIO(archived(program)))
     for tensor in stripped.state_dict.values():
         tensor.data.zero_()
     forget_sources(stripped.graph_module)
     stripped._example_inputs = None
-    return torch.frombuffer(bytearray(zlib.compress(_buffer(stripped).getvalue(), 9)), dtype=torch.uint8)
-
-
-def _buffer(program: ExportedProgram) -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    return buffer
+    return torch.frombuffer(bytearray(zlib.compress(archived(stripped), 9)), dtype=torch.uint8)

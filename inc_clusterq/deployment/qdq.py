@@ -12,10 +12,12 @@ Two things the back ends do not do by themselves:
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
@@ -105,6 +107,13 @@ def drop_unused_tensors(graph_module: fx.GraphModule) -> None:
     for name, _ in list(graph_module.named_children()):
         if name not in owners:
             delattr(graph_module, name)
+
+
+def archived(program: ExportedProgram) -> bytes:
+    """The file of a program; made in memory, since on a full disk torch's writer ends the whole process."""
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    return archive.getvalue()
 
 
 def forget_sources(graph_module: fx.GraphModule) -> None:

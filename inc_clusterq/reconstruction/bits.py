@@ -8,7 +8,7 @@ the network holds itself and adds to its feature maps, for example: 8 bits of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -76,23 +76,16 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
                 bits[layer.quantizer] = override.weight or (max(plan.edge, plan.weight) if edge else plan.weight)
         elif is_observer(node) and node.name in before:
             edge = not before[node.name] or behind[node.name] <= last
-            asked = {layers[name].name: plan.asked(layers[name]).activation for name in sorted(behind[node.name])}
+            asked = [(layers[name].name, plan.asked(layers[name]).activation) for name in sorted(behind[node.name])]
             usual = max(plan.edge, plan.activation) if edge else plan.activation
-            found = max((value for value in asked.values() if value), default=usual)
-            if found < usual and (others := tuple(name for name, value in asked.items() if not value)):
-                _tell_of_readers(tuple(name for name, value in asked.items() if value), others, found)
+            found = max((value for _, value in asked if value), default=usual)
+            if found < usual and (others := tuple(name for name, value in asked if not value)):
+                _tell_of_readers(tuple(name for name, value in asked if value), others, found)
             # One observer may stand at several places (pooling keeps its input's scale): the finest request counts.
             bits[str(node.target)] = found
-    bits = _same_for_shared(graph_module, bits)
-    return {**dict.fromkeys(_constants(graph_module, bits, before), max(plan.edge, plan.activation)), **bits}
-
-
-def _constants(graph_module: fx.GraphModule, bits: Mapping[str, int], before: Mapping[str, bool]) -> Iterator[str]:
-    """Quantizers of tensors that the network holds and adds, say; theirs alone, since no layer's name stands for them."""
-    modules = {id(getattr(graph_module, name)) for name in bits}
-    for node in graph_module.graph.nodes:
-        if is_observer(node) and node.name not in before and id(getattr(graph_module, str(node.target))) not in modules:
-            yield str(node.target)
+    held = [str(node.target) for node in graph_module.graph.nodes if is_observer(node) and node.name not in before]
+    constants = dict.fromkeys((name for name in held if name not in bits), max(plan.edge, plan.activation))
+    return _same_for_shared(graph_module, bits, constants)
 
 
 @cache
@@ -112,12 +105,15 @@ def _tell_of_readers(named: tuple[str, ...], others: tuple[str, ...], bits: int)
     )
 
 
-def _same_for_shared(graph_module: fx.GraphModule, bits: dict[str, int]) -> dict[str, int]:
+def _same_for_shared(graph_module: fx.GraphModule, bits: dict[str, int], constants: dict[str, int]) -> dict[str, int]:
+    """One width for all that share a quantizer: the most. Tensors of the network's own take it over and do not raise it."""
     most: dict[int, int] = {}
     for name, value in bits.items():
         module = id(getattr(graph_module, name))
         most[module] = max(most.get(module, 0), value)
-    return {name: most[id(getattr(graph_module, name))] for name in bits}
+    for name, value in constants.items():
+        most.setdefault(id(getattr(graph_module, name)), value)
+    return {name: most[id(getattr(graph_module, name))] for name in (*bits, *constants)}
 
 
 def _has_weighted_before(graph_module: fx.GraphModule, weighted: set[str]) -> dict[str, bool]:

@@ -96,7 +96,7 @@ def install_quantizers(graph_module: fx.GraphModule, plan: BitPlan, settings: Re
 
     def make(name: str) -> nn.Module:
         if name not in weights:
-            return ActivationQuantizer(bits.get(name, plan.activation), settings.range_norm)
+            return ActivationQuantizer(bits[name], settings.range_norm)
         tensor = attribute(graph_module, weights[name].weight)
         return WeightQuantizer(tensor, bits[name], settings.range_norm, settings.learn_weight_scale)
 
