@@ -43,6 +43,7 @@ NOT_THE_UNITS = {
     "stack_layers",
     "stride_factor",
     "memory_budget",
+    "end_to_end_features",
     "end_to_end_iterations",
     "end_to_end_learning_rate",
 }

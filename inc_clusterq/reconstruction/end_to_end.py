@@ -2,7 +2,10 @@
 
 Units are reconstructed one by one, and what each of them could not make up for adds up behind it. When all are done the
 integers of the weights stay, and the few numbers that are left (a step size per channel and per activation, zero points,
-biases) are learned end to end, as in EfficientQAT (E2E-QP, arXiv 2407.11062) but with the float network instead of labels.
+biases) are learned end to end, as in EfficientQAT (E2E-QP, arXiv 2407.11062) but with the float network instead of labels:
+    L = E || f(x) - y ||^2 + lambda E || y ||^2 mean over i of  E || h_i(x) - h'_i ||^2 / E || h'_i ||^2
+with what comes to the activation quantizers, h_i, and in the float network, h'_i. A few hundred images tell little by their
+outputs alone; what lies between keeps to the float network's course, as the hints of FitNets do (arXiv 1412.6550).
 
 All calibration images are learned from, and what stays is where the steps end. Images to judge by would not be neutral here:
 each of them had its part in how the units begin and in which of their states stayed. Their loss has been seen to rise while
@@ -13,6 +16,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.checkpoint import Chain
-from inc_clusterq.reconstruction.fake_quantize import Mode
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode
 from inc_clusterq.reconstruction.learning import (
     CHECKS,
     copied,
@@ -62,7 +67,7 @@ def learn_end_to_end(
     parts = nn.ModuleList(simulated(module))
     start = copied(parts)
     with in_mode(module, Mode.STEPS), torch.enable_grad():
-        _descend(module, parts, inputs, targets, settings, steps, chain, stage)
+        _descend(module, parts, inputs, settings, steps, chain, stage)
     after = float("nan")
     if finite(parts):
         harden(module, parts, learned=False)
@@ -78,7 +83,6 @@ def _descend(
     module: fx.GraphModule,
     parts: nn.ModuleList,
     inputs: Tensor,
-    targets: Tensor,
     settings: ReconstructionSettings,
     steps: int,
     chain: Chain,
@@ -100,13 +104,10 @@ def _descend(
         images = taken(inputs, drawn)
         if settings.mixtures:
             images = Mixture.draw(BATCH, generator).of(images)
-            wanted = torch.cat([outputs_in_float(module, some) for some in images.split(together)])
-        else:
-            wanted = taken(targets, drawn)
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
-        for x, y in zip(images.split(together), wanted.split(together), strict=True):
-            loss = reconstruction_loss(module(x), y) * (len(x) / BATCH)
+        for some in images.split(together):
+            loss = end_to_end_loss(module, some, settings.end_to_end_features) * (len(some) / BATCH)
             loss.backward()
             total += float(loss.detach())
         optimiser.step()
@@ -120,6 +121,37 @@ def _descend(
         if time.monotonic() - saved >= SAVE_SECONDS:
             chain.keep_state(_state(parts, optimiser, schedule, generator))
             saved = time.monotonic()
+
+
+def end_to_end_loss(module: fx.GraphModule, images: Tensor, features: float) -> Tensor:
+    """L of the network as it is, against the one in float; `features` is lambda."""
+    with _hidden(module) as exact:
+        y = outputs_in_float(module, images)
+    with _hidden(module) as hidden:
+        loss = reconstruction_loss(module(images), y)
+    errors = [relative_error(h, e) for h, e in zip(hidden, exact, strict=True) if h.requires_grad]  # others are the input
+    if not features or not errors:
+        return loss
+    return loss + features * reconstruction_loss(torch.zeros_like(y), y) * torch.stack(errors).mean()
+
+
+@contextmanager
+def _hidden(module: fx.GraphModule) -> Iterator[list[Tensor]]:
+    """What comes to the activation quantizers, in the order in which it comes."""
+    seen: list[Tensor] = []
+    activations = [part for part in module.modules() if isinstance(part, ActivationQuantizer)]
+    hooks = [part.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for part in activations]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def relative_error(found: Tensor, exact: Tensor) -> Tensor:
+    """Squared error in units of the power; 0 where there is no power."""
+    power = exact.square().sum()
+    return (found - exact).square().sum() / power if power else found.new_zeros(())
 
 
 def _state(parts: nn.ModuleList, optimiser: Adam, schedule: CosineAnnealingLR, generator: torch.Generator) -> State:

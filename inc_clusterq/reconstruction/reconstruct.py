@@ -216,12 +216,13 @@ class _Loop:
         began = time.perf_counter()
         power = _mean_loss(None, run.targets) or 1.0
         before = _mean_loss(run.outputs, run.targets)
-        steps, rate = self.settings.end_to_end_steps(before / power), self.settings.end_to_end_learning_rate
+        steps = self.settings.end_to_end_steps(before / power)
         if not steps:
             return None
         whole = join(list(self.quantized.units))
         module = extract(self.quantized.graph_module, whole)
-        chain = run.chain.next(whole, f" {steps} {rate}")
+        how = f" {steps} {self.settings.end_to_end_learning_rate} {self.settings.end_to_end_features}"
+        chain = run.chain.next(whole, how)
         with self.progress.stage("Learning end to end", steps) as stage:
             found = chain.restore(module)
             if found is not None:

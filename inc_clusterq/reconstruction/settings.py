@@ -13,6 +13,7 @@ SMALLEST_VIEWED = 24  # pixels of a side; of what is smaller, or has not two sid
 MOST_VIEWS = 4  # of an image, by default
 ENOUGH_IMAGES = 1024  # with their views, by default
 FEWEST_IMAGES = 4  # of a step whose images have many positions
+END_TO_END = 3  # times the steps of a unit, of the pass end to end by default. By trial
 FAR_OFF = 0.1  # error of a network's outputs, in units of their power, from which on they are learned end to end by default
 
 
@@ -158,8 +159,15 @@ class ReconstructionSettings(BaseModel):
         ge=0,
         le=100_000,
         description="Steps behind the last unit, in which step sizes and biases of the whole network learn to give the float "
-        "network's outputs (as E2E-QP, arXiv 2407.11062), and the integers of the weights stay. Empty: as many as "
+        "network's outputs (as E2E-QP, arXiv 2407.11062), and the integers of the weights stay. Empty: three times "
         "`iterations` where the units have left an error of the outputs of more than a tenth of their power, otherwise none.",
+    )
+    end_to_end_features: float = Field(
+        20.0,
+        ge=0,
+        le=1e6,
+        description="Weight of what comes to the activation quantizers beside the outputs in these steps: the mean of its "
+        "relative squared errors, times the power of the outputs (FitNets, arXiv 1412.6550). By trial.",
     )
     end_to_end_learning_rate: float = Field(
         5e-3,
@@ -194,7 +202,7 @@ class ReconstructionSettings(BaseModel):
         """Steps of the pass end to end, where the units have left this error of the outputs in units of their power."""
         if self.end_to_end_iterations is not None:
             return self.end_to_end_iterations
-        return self.iterations if relative_loss > FAR_OFF else 0
+        return END_TO_END * self.iterations if relative_loss > FAR_OFF else 0
 
     @model_validator(mode="after")
     def _units_belong_to_explicit(self) -> Self:

@@ -3,18 +3,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction import end_to_end
 from inc_clusterq.reconstruction.checkpoint import UnitStore
-from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
+from inc_clusterq.reconstruction.end_to_end import end_to_end_loss, relative_error
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.learning import reconstruction_loss
 from inc_clusterq.reconstruction.mixing import Mixture
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations, quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
@@ -149,20 +151,84 @@ def test_where_gradients_are_no_numbers_all_is_left_as_the_units_left_it(
 
 @pytest.mark.parametrize(
     ("loss", "given", "steps"),
-    [(0.2, None, 7), (0.05, None, 0), (0.2, 3, 3), (0.05, 3, 3), (0.2, 0, 0), (float("nan"), None, 0)],
+    [(0.2, None, 21), (0.05, None, 0), (0.2, 3, 3), (0.05, 3, 3), (0.2, 0, 0), (float("nan"), None, 0)],
 )
 def test_by_default_it_is_for_networks_that_are_far_off(quick: Quick, loss: float, given: int | None, steps: int) -> None:
     assert quick(iterations=7, end_to_end_iterations=given).end_to_end_steps(loss) == steps
 
 
-def test_a_network_that_is_far_off_by_default_takes_as_many_steps_as_a_unit(
+def test_a_network_that_is_far_off_by_default_takes_three_times_the_steps_of_a_unit(
     run: Run, quick: Quick, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("chain", quick())[0].end_to_end is None  # the toy is all but exact
     monkeypatch.setattr("inc_clusterq.reconstruction.settings.FAR_OFF", 0.0)
     last = run("chain", quick())[0].end_to_end
     assert last is not None
-    assert last.steps == quick().iterations
+    assert last.steps == 3 * quick().iterations
+
+
+class Listener(fx.Interpreter):
+    """Runs a graph node by node, and keeps what comes to the activation quantizers, but for those of the network's input."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.heard: list[Tensor] = []
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(self.fetch_attr(target), ActivationQuantizer):
+            self.heard.append(args[0])
+        return super().call_module(target, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "concat", "tied"])
+def test_its_loss_is_that_of_the_outputs_and_the_mean_relative_one_of_what_comes_to_the_quantizers(
+    network: Network, quantized: Quantized, name: str
+) -> None:
+    _, inputs = network(name)
+    graph = quantized(name)
+    initialise_activations(graph, inputs, 64)
+    module = graph.graph_module
+    with in_mode(module, Mode.STEPS):
+        found = [end_to_end_loss(module, inputs, features) for features in (0.0, 20.0)]
+        with torch.no_grad():
+            outputs = (heard := Listener(module)).run(inputs)
+    with in_mode(module, Mode.FLOAT), torch.no_grad():
+        y = (exact := Listener(module)).run(inputs)
+    errors = [
+        float(((one - other) ** 2).sum() / (other**2).sum())
+        for one, other in zip(heard.heard, exact.heard, strict=True)
+        if one is not inputs
+    ]
+    assert min(errors) >= 0
+    assert max(errors) > 0
+    of_outputs, power = ((outputs - y) ** 2).sum(1).mean(), (y**2).sum(1).mean()
+    assert found[0].item() == pytest.approx(float(of_outputs), rel=1e-5)
+    assert found[1].item() == pytest.approx(float(of_outputs + 20 * power * sum(errors) / len(errors)), rel=1e-4)
+
+
+def test_what_comes_to_the_quantizers_is_nearer_to_the_float_network_where_it_counts(
+    run: Run, network: Network, quick: Quick
+) -> None:
+    keys = {"iterations": 0, "start": "nearest", "end_to_end_iterations": 200}
+    _, inputs = network("residual")
+
+    def hidden_error(features: float) -> float:
+        _, graph, _ = run("residual", quick(end_to_end_features=features, **keys))
+        (found := Listener(graph.graph_module)).run(inputs)
+        with in_mode(graph.graph_module, Mode.FLOAT):
+            (exact := Listener(graph.graph_module)).run(inputs)
+        return sum(
+            float(((one - other) ** 2).sum() / (other**2).sum()) for one, other in zip(found.heard, exact.heard, strict=True)
+        )
+
+    with torch.no_grad():
+        assert hidden_error(20.0) < hidden_error(0.0)
+
+
+def test_what_is_zero_in_the_float_network_has_no_relative_error() -> None:
+    nothing = torch.zeros(2, 3)
+    assert float(relative_error(nothing, nothing)) == 0
+    assert float(relative_error(torch.ones(2, 3), nothing)) == 0
 
 
 @pytest.mark.parametrize("saved", [True, False])
