@@ -21,6 +21,7 @@ from inc_clusterq.adaptors.neural_compressor_algorithm import count_units, watch
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
 from inc_clusterq.adaptors.neural_compressor_save import save
 from inc_clusterq.canonical import canonicalise
+from inc_clusterq.deployment.qdq import without_training_patterns
 from inc_clusterq.difference import largest_difference
 from inc_clusterq.environment import installed
 from inc_clusterq.errors import ClusterQError, ModelError
@@ -109,7 +110,7 @@ class NeuralCompressorAdaptor:
 
     def quantize_static(self, exported: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
         """The host's static quantization with its defaults; the given graph stays as it is."""
-        with quiet(logging.ERROR, HOST_LOG):
+        with quiet(logging.ERROR, HOST_LOG), without_training_patterns():
             model: nn.Module = host_quantize(_copied(exported), INT8StaticQuantConfig(), run_fn=_runner(calibration))
         return model
 

@@ -115,13 +115,18 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
     example = _random_input(model)
     with torch.no_grad():
         reference = model(example)
-    if not isinstance(reference, Tensor):
-        raise ModelError(f"the model returns {type(reference).__name__}; only models that return one tensor can be quantized")
+    _check_output(reference, len(example))
     canonicalise(model)  # which a job has done; a user's own call of the host's export has not
     dynamic_shapes = getattr(model, "dynamic_shapes", None)
     W8A8PT2EQuantizer.is_dynamic = False  # a class attribute that the host's dynamic algorithm leaves set
-    # A copy: the exported graph shares its parameters with the user's float model.
-    prepared: fx.GraphModule = deepcopy(W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(model))
+    try:
+        by_host = W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(model)
+    except Exception as error:  # the host knows no error of its own for what it does not expect in a graph
+        raise ModelError(
+            f"Neural Compressor cannot prepare this model for quantization: {type(error).__name__}"
+            f"{f': {error}' if str(error) else ''}; its traceback, which --debug shows, tells at which operator"
+        ) from error
+    prepared: fx.GraphModule = deepcopy(by_host)  # the exported graph shares its parameters with the user's float model
     batches: list[Tensor] = []
     synthetic: list[bool] = []
 
@@ -136,6 +141,16 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
     hook = prepared.register_forward_pre_hook(keep, with_kwargs=True)
     prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, synthetic, hook, dynamic_shapes)
     return prepared
+
+
+def _check_output(output: Any, samples: int) -> None:
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns {type(output).__name__}; only models that return one tensor can be quantized")
+    if not output.is_floating_point() or output.dim() < 2 or len(output) != samples:
+        raise ModelError(
+            f"the model returns {output.dtype} of shape {tuple(output.shape)} for {samples} samples; only models that return "
+            f"floats of shape ({samples}, channels, ...) for these can be quantized: leave what comes behind to your own code"
+        )
 
 
 def _random_input(exported: fx.GraphModule) -> Tensor:

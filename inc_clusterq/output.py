@@ -18,16 +18,21 @@ RESULT = "result.json"
 """Name of the report; a folder that holds it was written by us."""
 
 
-def check_output(folder: Path, *, overwrite: bool, report: str = RESULT) -> None:
+def check_output(folder: Path, *, overwrite: bool, report: str = RESULT, workspace: Path | None = None) -> None:
     """Raise OutputError where a result could not be written to `folder` later.
 
     `overwrite` replaces an earlier result, told by its `report`; a folder that holds anything else is never replaced.
+    `workspace` is where the job keeps what it makes on the way.
     """
     place = folder.resolve()  # a link stays, and what it leads to is written
     if place.is_mount():
         raise OutputError(f"output {folder} is a mount point and cannot be put in place in one step; name a folder inside it")
     if place in (Path.cwd(), *Path.cwd().parents):
         raise OutputError(f"output {folder} is the current folder or holds it and could not be replaced; name one inside it")
+    if workspace is not None and workspace.resolve().is_relative_to(place):
+        raise OutputError(
+            f"output {folder} is written as a whole, and the workspace {workspace} lies in it; name another for one of them"
+        )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _held(folder, place):  # which also tells whether something can be written there

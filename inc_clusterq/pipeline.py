@@ -58,7 +58,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
             quantizable operator in float.
     """
     seconds: dict[str, float] = {}
-    check_output(config.output, overwrite=overwrite)
+    check_output(config.output, overwrite=overwrite, workspace=config.tuning.workspace.path)
     strategy, adaptor = _strategy(config), find(ADAPTORS, config.tuning.host)()
     model = load_model(config.model)
     batch_norms(model.module)  # said at once, not after the export

@@ -51,7 +51,7 @@ def synthesize(
         UserError: anything that the user can correct; nothing is left half-written.
     """
     if output is not None:
-        check_output(output, overwrite=overwrite, report=MANIFEST)
+        check_output(output, overwrite=overwrite, report=MANIFEST, workspace=config.tuning.workspace.path)
     model = load_model(config.model, any_output=True)
     batch_norms(model.module)  # said at once
     folder = workspace_set(config, model)

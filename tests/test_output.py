@@ -55,6 +55,14 @@ def test_an_earlier_result_is_replaced_only_when_asked(tmp_path: Path) -> None:
     check_output(tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.parametrize("inside", ["", "ws", "deep/er"])
+def test_a_workspace_inside_is_refused(tmp_path: Path, inside: str) -> None:
+    with pytest.raises(OutputError, match=r"the workspace .* lies in it; name another for one of them"):
+        check_output(tmp_path / "out", overwrite=True, workspace=tmp_path / "out" / inside)
+    check_output(tmp_path / "out", overwrite=True, workspace=tmp_path / "outside")
+    check_output(tmp_path / "ws" / "out", overwrite=True, workspace=tmp_path / "ws")
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place such as /proc, which takes no file")
 def test_a_place_that_takes_no_file_is_told_from_one_that_is_in_use() -> None:
     with pytest.raises(OutputError, match="cannot be written: no file can be made in /proc"):

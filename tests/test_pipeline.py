@@ -252,6 +252,15 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(bench: Bench, 
     assert output.read_text() == "mine" if kind == "file" else (output / "thesis.tex").read_text() == "mine"
 
 
+def test_a_workspace_inside_the_output_is_refused_before_any_work(bench: Bench) -> None:
+    by_quantize = bench.run("--output", "nc_workspace")
+    by_synthesize = CliRunner().invoke(app, ["synthesize", "job.yaml", "--output", "nc_workspace"])
+    for result in (by_quantize, by_synthesize):
+        assert result.exit_code == 2, result.output
+        assert "lies in it; name another for one of them" in result.stderr
+    assert not (bench.folder / "nc_workspace").exists()
+
+
 def test_a_model_that_computes_something_else_once_compiled_is_not_saved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("pipeline", "deployment.inductor_operators"):
         monkeypatch.setattr(f"inc_clusterq.{module}.compile_frozen", lambda module, example: lambda x: module(x) + 1)

@@ -21,13 +21,13 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 import inc_clusterq.deployment.backend  # noqa: F401  # without it Inductor has no int8 kernels
+from inc_clusterq.difference import drawn_in
 from inc_clusterq.errors import DeploymentError
 
 Compiled = Callable[[Tensor], Tensor]
 TOLERANCE = 0.01  # root mean square of the difference, as a share of the outputs' range
 OUT_OF_RANGE = 4.0  # factor on the inputs that drives activations beyond their calibrated ranges
 BATCH = 64  # images per call of the evaluated model
-FAR = 10.0  # a thousand normally distributed classes reach to about half of it
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,8 @@ def difference(
 
 
 def _spread(expected: Tensor) -> float:
-    """The range of the outputs, without what lifts single classes out of it whatever the image.
-
-    A class that is masked out by a large constant would widen the range until no difference mattered. So means over the images
-    that lie further from the median class than `FAR` times the median distance count as if they lay there.
-    """
-    means = expected.mean(0)
-    middle = means.median()
-    reach = FAR * (means - middle).abs().median()
-    usual = expected + (means.clamp(middle - reach, middle + reach) - means)
+    """The range of the outputs, single classes aside."""
+    usual = drawn_in(expected)
     return max(float(usual.max() - usual.min()), 1e-12)
 
 

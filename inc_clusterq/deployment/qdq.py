@@ -13,7 +13,10 @@ Two things the back ends do not do by themselves:
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,12 +70,23 @@ def convert(quantized: QuantizedGraph) -> fx.GraphModule:
                 setattr(graph_module.get_submodule(owner), leaf, nn.Parameter(quantizer.deployed(), requires_grad=False))
     write_corrections(quantized)
     replace_observers(graph_module, lambda name: _fixed(getattr(graph_module, name)))
-    converted: fx.GraphModule = convert_pt2e(graph_module, fold_quantize=True)
+    with without_training_patterns():
+        converted: fx.GraphModule = convert_pt2e(graph_module, fold_quantize=True)
     write_clamps(converted)
     drop_unused_tensors(converted)
     forget_sources(converted)
     record_shapes(converted)
     return converted
+
+
+@contextmanager
+def without_training_patterns() -> Iterator[None]:
+    """Spare `convert_pt2e` its search for convolutions that were quantized while they were trained.
+
+    Wherever a BatchNorm is left it exports dozens of patterns for that, which takes 20 seconds, and none of ours is in them.
+    """
+    with patch("torchao.quantization.pt2e.quantize_pt2e._fold_conv_bn_qat", lambda graph_module: graph_module, create=True):
+        yield
 
 
 def write_clamps(graph_module: fx.GraphModule) -> int:

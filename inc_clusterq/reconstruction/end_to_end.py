@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from inc_clusterq.difference import drawn_in
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.checkpoint import Chain
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode
@@ -35,6 +36,7 @@ from inc_clusterq.reconstruction.learning import (
     images_per_step,
     loss_as_deployed,
     outputs_in_float,
+    power,
     reconstruction_loss,
     step_optimiser,
     taken,
@@ -132,7 +134,7 @@ def end_to_end_loss(module: fx.GraphModule, images: Tensor, features: float) -> 
     errors = [relative_error(h, e) for h, e in zip(hidden, exact, strict=True) if h.requires_grad]  # others are the input
     if not features or not errors:
         return loss
-    return loss + features * reconstruction_loss(torch.zeros_like(y), y) * torch.stack(errors).mean()
+    return loss + features * power(drawn_in(y)) * torch.stack(errors).mean()
 
 
 @contextmanager
@@ -150,8 +152,8 @@ def _hidden(module: fx.GraphModule) -> Iterator[list[Tensor]]:
 
 def relative_error(found: Tensor, exact: Tensor) -> Tensor:
     """Squared error in units of the power; 0 where there is no power."""
-    power = exact.square().sum()
-    return (found - exact).square().sum() / power if power else found.new_zeros(())
+    whole = exact.square().sum()
+    return (found - exact).square().sum() / whole if whole else found.new_zeros(())
 
 
 def _state(parts: nn.ModuleList, optimiser: Adam, schedule: CosineAnnealingLR, generator: torch.Generator) -> State:

@@ -55,6 +55,11 @@ def reconstruction_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None
     return (error if weights is None else error * weights).sum(1).mean()
 
 
+def power(targets: Tensor) -> Tensor:
+    """The reconstruction loss of zero, || y ||^2 summed over channels, mean over batch and space."""
+    return reconstruction_loss(torch.zeros_like(targets), targets)
+
+
 def keep_back(count: int, share: float, seed: int, device: torch.device, views: int = 1) -> tuple[Tensor, Tensor]:
     """Numbers of the images to learn from, and to judge by: one tensor of all where the share is less than an image.
 

@@ -136,17 +136,28 @@ def _install_corrections(graph_module: fx.GraphModule, layers: list[Layer]) -> d
 def write_corrections(quantized: QuantizedGraph) -> None:
     """Work the corrections into the biases and remove them from the graph."""
     graph_module = quantized.graph_module
-    for node in list(graph_module.graph.nodes):
-        if node.op == "call_module" and isinstance(getattr(graph_module, str(node.target), None), BiasCorrection):
-            node.replace_all_uses_with(node.args[0])
-            graph_module.graph.erase_node(node)
+    graph = graph_module.graph
     for bias, name in quantized.corrections.items():
+        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
+        readers = {user for node in graph.nodes if node.op == "get_attr" and node.target == bias for user in node.users}
         with torch.no_grad():
             # A new parameter: the old one may still belong to the user's float model.
             corrected = nn.Parameter(attribute(graph_module, bias) + getattr(graph_module, name).shift, requires_grad=False)
-        owner, _, leaf = bias.rpartition(".")
-        setattr(graph_module.get_submodule(owner), leaf, corrected)
         delattr(graph_module, name)
+        alone = readers <= set(calls)
+        if alone:
+            owner, _, leaf = bias.rpartition(".")
+            setattr(graph_module.get_submodule(owner), leaf, corrected)
+        else:  # what else reads the bias reads it as it was
+            setattr(graph_module, name, corrected)
+        for call in calls:
+            value = call.args[0]
+            if not alone:
+                with graph.inserting_before(call):
+                    value = graph.get_attr(name)
+                value.meta.update(call.meta)
+            call.replace_all_uses_with(value)
+            graph.erase_node(call)
     graph_module.recompile()
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.difference import drawn_in
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
 from inc_clusterq.reconstruction.checkpoint import Chain, UnitStore
@@ -30,6 +31,7 @@ from inc_clusterq.reconstruction.learning import (
     keep_back,
     loss_as_deployed,
     optimise,
+    power,
     reconstruction_loss,
 )
 from inc_clusterq.reconstruction.quantizers import (
@@ -194,7 +196,7 @@ class _Loop:
                     del flow, weights  # the next unit's take their place in memory
                 settled.update(simulated(module))
                 outputs = _forward(module, quantized_inputs, Mode.HARD, self.inputs.device, shelf)
-                loss, power = _mean_loss(outputs, targets), _mean_loss(None, targets)
+                loss, by = _mean_loss(outputs, targets), _mean_power(targets, last=number == len(units))
                 reports.append(
                     UnitReport(
                         unit.name,
@@ -202,7 +204,7 @@ class _Loop:
                         lowest_bits(module),
                         modcap(unit, self.quantized.bits, self.settings.stride_factor),
                         loss,
-                        loss / power if power else 0.0,
+                        loss / by if by else 0.0,
                         time.perf_counter() - began if found is None else found,
                         found is not None,
                     )
@@ -214,9 +216,9 @@ class _Loop:
     def end_to_end(self, run: _Run) -> EndToEnd | None:
         """Let step sizes and biases of the whole network learn, behind a pass over its units; None without a step."""
         began = time.perf_counter()
-        power = _mean_loss(None, run.targets) or 1.0
+        by = _mean_power(run.targets, last=True) or 1.0
         before = _mean_loss(run.outputs, run.targets)
-        steps = self.settings.end_to_end_steps(before / power)
+        steps = self.settings.end_to_end_steps(before / by)
         if not steps:
             return None
         whole = join(list(self.quantized.units))
@@ -233,7 +235,7 @@ class _Loop:
                 chain.keep(module, time.perf_counter() - began)
         logger.info("end to end: loss %.4g, before %.4g", after, before)
         seconds = time.perf_counter() - began if found is None else found
-        return EndToEnd(before / power, after / power, steps, seconds, found is not None)
+        return EndToEnd(before / by, after / by, steps, seconds, found is not None)
 
     def _weights(self, behind: Sequence[Unit], targets: Tensor, chain: Chain, shelf: Shelf) -> Tensor | None:
         """Weights of the loss of the unit before `behind`, as the settings ask for."""
@@ -243,14 +245,17 @@ class _Loop:
         return fisher_weights(rest, targets, chain.generator(self.inputs.device), FORWARD_BATCH, shelf)
 
 
-def _mean_loss(outputs: Tensor | None, targets: Tensor) -> float:
-    """The loss over all calibration images, a batch at a time; that of zero for None."""
+def _mean_loss(outputs: Tensor, targets: Tensor) -> float:
+    """The loss over all calibration images, a batch at a time."""
     total = 0.0
-    for begin in range(0, len(targets), FORWARD_BATCH):
-        y = targets[begin : begin + FORWARD_BATCH]
-        found = torch.zeros_like(y) if outputs is None else outputs[begin : begin + FORWARD_BATCH].to(y.device)
-        total += float(reconstruction_loss(found, y)) * len(y)
+    for found, y in zip(outputs.split(FORWARD_BATCH), targets.split(FORWARD_BATCH), strict=True):
+        total += float(reconstruction_loss(found.to(y.device), y)) * len(y)
     return total / len(targets)
+
+
+def _mean_power(targets: Tensor, *, last: bool) -> float:
+    """What relative losses are relative to; where the `last` unit's targets hold masked classes, these aside."""
+    return sum(float(power(drawn_in(y) if last else y)) * len(y) for y in targets.split(FORWARD_BATCH)) / len(targets)
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ def _remembers(layer: nn.Module) -> bool:
 
 def reference(layer: nn.Module) -> Reference:
     """Copy of the running statistics of one layer out of `batch_norms`."""
-    mean, variance = (getattr(layer, name).detach().clone() for name in ("running_mean", "running_var"))
+    # One that users wrote may hold them as (1, C, 1, 1).
+    mean, variance = (getattr(layer, name).detach().clone().flatten() for name in ("running_mean", "running_var"))
     return Reference(Moments(mean, variance), float(getattr(layer, "eps", 1e-5)))
 
 

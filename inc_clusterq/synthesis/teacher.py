@@ -90,7 +90,7 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            capture_inputs(layers, lambda seen: seen.sum().requires_grad) as called,
+            capture_inputs(layers, lambda seen: (seen.sum().requires_grad, seen.shape[1])) as called,
         ):
             low, high = spec.bounds(torch.zeros((), device=anchor.device))
             probe = ((low + high) / 2).expand(2, *spec.shape).to(anchor.dtype).requires_grad_()
@@ -106,19 +106,25 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
                 f"{type(module).__name__} holds {len(layers)} BatchNorm layers but calls none of them, so their "
                 "statistics say nothing of its inputs; calibrate with real inputs through the host's static quantization"
             )
-        if not any(any(reached) for reached in called.values()):
+        if not any(reached for calls in called.values() for reached, _ in calls):
             raise ModelError(
                 f"{type(module).__name__} gives no gradient to its input: its forward runs in torch.no_grad() or "
                 "torch.inference_mode(), or detaches what it computes, so nothing can be synthesised by it; "
                 "freeze parameters by requires_grad_(False) instead"
             )
-        ordered = tuple(called)
+        references = {layer: reference(layer) for layer in called}
+        for layer, remembered in references.items():
+            if found := [channels for _, channels in called[layer] if channels != len(remembered.moments.mean)]:
+                raise ModelError(
+                    f"a {type(layer).__name__} holds {len(remembered.moments.mean)} running means for an input of {found[0]} "
+                    "channels (axis 1); only one of each per channel can be matched"
+                )
         yield Teacher(
             module,
             num_classes,
-            ordered,
-            tuple(reference(layer) for layer in ordered),
-            first_aligned(len(ordered), first_aligned_layer),
+            tuple(called),
+            tuple(references.values()),
+            first_aligned(len(called), first_aligned_layer),
             anchor.device,
             anchor.dtype,
         )

@@ -273,6 +273,60 @@ def test_a_model_that_returns_more_than_a_tensor_is_refused(inputs: Tensor) -> N
         quantize(pair, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [
+        (lambda logits: logits[:, 0], r"torch.float32 of shape \(2,\)"),
+        (lambda logits: logits.argmax(1, keepdim=True), r"torch.int64 of shape \(2, 1\)"),
+        (lambda logits: logits.reshape(-1, 1), r"torch.float32 of shape \(10, 1\)"),
+    ],
+)
+def test_outputs_that_no_loss_can_be_taken_of_are_refused_before_calibration(
+    inputs: Tensor, last: Callable[[Tensor], Tensor], found: str
+) -> None:
+    class Ending(Shaped):
+        def forward(self, x: Tensor) -> Tensor:
+            return last(super().forward(x))
+
+    model = export(Ending().eval(), (inputs[:2],), dynamic_shapes=DYNAMIC)
+    with pytest.raises(ModelError, match=f"returns {found} for 2 samples; .* leave what comes behind"):
+        quantize(model, MRECGConfig(**QUICK), run_fn=lambda model: pytest.fail("calibrated"))  # type: ignore[arg-type]
+
+
+def test_what_the_host_cannot_prepare_is_one_of_our_errors(
+    exported: nn.Module, run_fn: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer.X86InductorQuantizer.annotate", fail)
+    with pytest.raises(ModelError, match="cannot prepare this model for quantization: AssertionError; its traceback") as told:
+        quantize(exported, MRECGConfig(**QUICK), run_fn=run_fn)  # type: ignore[arg-type]
+    assert isinstance(told.value.__cause__, AssertionError)
+
+
+def test_a_class_that_is_masked_out_hides_no_error(inputs: Tensor) -> None:
+    class Masked(Shaped):
+        def __init__(self, mask: float) -> None:
+            super().__init__()
+            self.mask = mask
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = super().forward(x)
+            return logits + self.mask * (torch.arange(5) == 2)
+
+    told = []
+    for mask in (0.0, -1e4):
+        torch.manual_seed(0)
+        model = export(Masked(mask).eval(), (inputs[:2],), dynamic_shapes=DYNAMIC)
+        config = MRECGConfig(w_bits=2, act_bits=2, edge_bits=2, iterations=2, batch_size=8, end_to_end_iterations=2)
+        reconstruction = quantize(model, config, run_fn=lambda model: model(inputs)).reconstruction
+        assert reconstruction.end_to_end is not None
+        told.append((reconstruction.units[-1].relative_loss, reconstruction.end_to_end.relative_loss_before))
+    assert min(told[0]) > 1e-3
+    assert told[1] == pytest.approx(told[0], rel=0.5)
+
+
 def test_a_model_of_logarithms_is_compared_where_it_is_finite(inputs: Tensor) -> None:
     positive = inputs.abs() + 0.1
     model = export(Shaped(logarithm=True).eval(), (positive[:2],), dynamic_shapes=DYNAMIC)

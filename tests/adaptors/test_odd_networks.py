@@ -15,11 +15,13 @@ from neural_compressor.torch.quantization import quantize
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inc_clusterq import MRECGConfig
+from inc_clusterq import InputSpec, MRECGConfig
+from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE
 from inc_clusterq.deployment.inductor import compile_frozen
 from inc_clusterq.deployment.inductor_operators import compile_and_list
 from inc_clusterq.deployment.operators import source_operators
+from inc_clusterq.models import FloatModel
 
 DYNAMIC = ({0: torch.export.Dim("batch", min=1, max=64)},)
 aten = torch.ops.aten
@@ -174,6 +176,42 @@ class Multiplied(Odd):
         return torch.relu(torch.addmm(self.offset, features, self.first)) @ self.second.t()
 
 
+class Gated(Odd):
+    """Weighs its channels by a hard sigmoid written by hand, behind linear layers or a convolution."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        means = x.mean((2, 3), keepdim=True)
+        gate = self.gate(means) if isinstance(self.gate, nn.Conv2d) else self.gate(means.flatten(1))[:, :, None, None]
+        return self.end(self.two(x * functional.relu6(gate + 3) / 6))
+
+
+class Shifted(Odd):
+    """Adds numbers to what a BatchNorm behind a convolution gives, in place, and to its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = normed(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.one(x))
+        x += 0.5
+        return 2 + self.end(self.two(torch.relu(x)))
+
+
+class Reused(Odd):
+    """Subtracts a layer's own bias from its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        two = self.two(torch.relu(self.one(x)))
+        assert self.two.bias is not None
+        return self.end(two - 2 * self.two.bias[:, None, None])
+
+
 class Recurrent(Odd):
     """Reads its feature maps with an LSTM, column by column, as networks for text and sound do."""
 
@@ -289,6 +327,45 @@ def test_a_batch_norm_is_folded_where_nothing_else_changes_by_it(images: Tensor,
     model = quantized(net, images, w_bits=8, act_bits=8)
     assert error(model(images), net(images)) < 0.03
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gated(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8))),
+        lambda: Gated(nn.Conv2d(8, 8, 1)),
+        Shifted,
+    ],
+)
+def test_numbers_may_be_added_behind_layers(images: Tensor, make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = make()
+    model = quantized(net, images, w_bits=8, act_bits=8)
+    assert error(model(images), net(images)) < 0.03
+    assert all(found.quantized for found in source_operators(model) if found.kind in ("convolution", "linear"))
+    assert error(compile_frozen(model, images[:1])(images[:1]), model(images[:1])) < 0.01
+
+
+@torch.no_grad()
+def test_what_else_reads_a_bias_reads_it_as_it_was(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Reused()
+    model = quantized(net, images, w_bits=2, act_bits=8, granularity="layer", end_to_end_iterations=0)
+    told = model.reconstruction.units[-1].loss
+    assert told == pytest.approx(float((model(images) - net(images)).square().sum(1).mean()), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_norm_that_stays_costs_no_search_for_patterns_of_training(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = "torchao.quantization.pt2e.qat_utils._fold_conv_bn_qat_helper"
+    monkeypatch.setattr(searched, lambda *given: pytest.fail("patterns are searched for"))
+    net = Preactivated().eval()
+    assert any("batch_norm" in str(node.target) for node in quantized(net, images).graph.nodes)
+    exported = NeuralCompressorAdaptor().export(FloatModel("net", net, InputSpec((3, 8, 8)), 5, ""))
+    NeuralCompressorAdaptor().quantize_static(exported, images.split(8))
 
 
 @torch.no_grad()

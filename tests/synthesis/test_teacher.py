@@ -53,6 +53,32 @@ def test_layers_come_in_order_of_execution_and_unused_ones_are_left_out() -> Non
         assert teacher.layers == (net.first, net.last)
 
 
+class OwnBatchNorm(nn.Module):
+    """Holds its statistics in the shape that they are used in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.randn(1, channels, 1, 1))
+        self.register_buffer("running_var", torch.rand(1, channels, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.running_mean, Tensor)
+        assert isinstance(self.running_var, Tensor)
+        return (x - self.running_mean) / (self.running_var + 1e-5).sqrt()
+
+
+def test_a_batch_norm_that_users_wrote_may_hold_its_statistics_in_the_shape_that_it_needs() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), OwnBatchNorm(4), nn.Conv2d(4, 2, 6), OwnBatchNorm(2), nn.Flatten())
+    with teach(net, InputSpec((1, 8, 8)), num_classes=2, first_aligned_layer=None) as teacher:
+        assert [layer.moments.mean.shape for layer in teacher.references] == [(4,), (2,)]
+        assert [found.mean.shape for found in teacher.observe(torch.randn(5, 1, 8, 8)).samples] == [(5, 4), (5, 2)]
+
+
+def test_statistics_that_are_not_one_per_channel_are_named() -> None:
+    with pytest.raises(ModelError, match=r"a OwnBatchNorm holds 1 running means for an input of 4 channels \(axis 1\)"):
+        open_teacher(nn.Sequential(nn.Conv2d(1, 4, 3), OwnBatchNorm(1), nn.Flatten()), InputSpec((1, 3, 3)), classes=4)
+
+
 def test_a_model_that_calls_no_batch_norm_is_refused() -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:
