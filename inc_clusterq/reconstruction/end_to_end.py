@@ -131,10 +131,10 @@ def end_to_end_loss(module: fx.GraphModule, images: Tensor, features: float) -> 
         y = outputs_in_float(module, images)
     with _hidden(module) as hidden:
         loss = reconstruction_loss(module(images), y)
-    errors = [relative_error(h, e) for h, e in zip(hidden, exact, strict=True) if h.requires_grad]  # others are the input
-    if not features or not errors:
+    learned = [(h, e) for h, e in zip(hidden, exact, strict=True) if h.requires_grad]  # the network's input is not
+    if not features or not learned:
         return loss
-    return loss + features * power(drawn_in(y)) * torch.stack(errors).mean()
+    return loss + features * power(drawn_in(y)) * torch.stack([relative_error(h, e) for h, e in learned]).mean()
 
 
 @contextmanager
@@ -151,9 +151,12 @@ def _hidden(module: fx.GraphModule) -> Iterator[list[Tensor]]:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> Tensor:
-    """Squared error in units of the power; 0 where there is no power."""
-    whole = exact.square().sum()
-    return (found - exact).square().sum() / whole if whole else found.new_zeros(())
+    """Squared error in units of the exact power; of a quarter of the power found where that is more.
+
+    So what is all but dead in the float network, and not in the quantized one, does not drown the rest.
+    """
+    by = torch.maximum(exact.square().sum(), found.detach().square().sum() / 4)
+    return (found - exact).square().sum() / by if by else found.new_zeros(())
 
 
 def _state(parts: nn.ModuleList, optimiser: Adam, schedule: CosineAnnealingLR, generator: torch.Generator) -> State:

@@ -225,10 +225,21 @@ def test_what_comes_to_the_quantizers_is_nearer_to_the_float_network_where_it_co
         assert hidden_error(20.0) < hidden_error(0.0)
 
 
-def test_what_is_zero_in_the_float_network_has_no_relative_error() -> None:
-    nothing = torch.zeros(2, 3)
-    assert float(relative_error(nothing, nothing)) == 0
-    assert float(relative_error(torch.ones(2, 3), nothing)) == 0
+@pytest.mark.parametrize(
+    ("found", "exact", "error"),
+    [([3.0, 1.0], [1.0, 2.0], 1.0), ([0.0, 0.0], [1.0, 2.0], 1.0), ([5.0, 0.0], [1e-9, 0.0], 4.0)],
+)
+def test_a_relative_error_is_bounded_where_the_float_network_is_dead(
+    found: list[float], exact: list[float], error: float
+) -> None:
+    learned = torch.tensor(found, requires_grad=True)
+    with torch.enable_grad():
+        told = relative_error(learned, torch.tensor(exact))
+        told.backward()
+    assert told.item() == pytest.approx(error)
+    assert learned.grad is not None
+    assert bool(learned.grad.isfinite().all())
+    assert float(relative_error(torch.zeros(2), torch.zeros(2))) == 0
 
 
 @pytest.mark.parametrize("saved", [True, False])
