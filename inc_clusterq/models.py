@@ -117,8 +117,9 @@ def check_logits(module: nn.Module, spec: InputSpec) -> int:
 
 def read_output(module: nn.Module, spec: InputSpec) -> Output:
     """Run a batch of two and tell what comes out; ModelError for what is wrong with any model, whatever its task."""
-    if halves := [name for name, value in module.named_parameters() if value.dtype in (torch.float16, torch.bfloat16)]:
-        raise ModelError(f"{halves[0]} holds 16-bit numbers; give the model in float32, as model.float() makes it")
+    for name, value in module.named_parameters():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ModelError(f"{name} holds {value.dtype}; give the model in float32, as model.float() makes it")
     batch = ramp(module, spec)
     given = batch.clone()
     output = _run(module, given)

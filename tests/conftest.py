@@ -319,6 +319,25 @@ class Scaled(Classifier):
         return functional.relu(torch.add(self.b(x), x, alpha=0.2))
 
 
+class Attentive(Classifier):
+    """Products of feature maps between its layers; a linear operator as wide as a convolution; a name that run times use."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.query, self.local_token_mix = conv(8, 8, 1), conv(8, 8)
+        self.squeeze, self.excite = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        query = self.query(x).flatten(2)
+        x = functional.relu(self.local_token_mix(x))
+        attention = torch.softmax(torch.matmul(query.transpose(1, 2), query), -1)
+        x = torch.matmul(x.flatten(2), attention).view_as(x)
+        pooled = x.mean((2, 3))
+        pooled = pooled - pooled.mean(1, keepdim=True)
+        gate = torch.sigmoid(self.excite(functional.relu(self.squeeze(pooled))))
+        return x * gate[:, :, None, None]
+
+
 class Worded(Classifier):
     """Says its padding in words; once it takes one more behind than in front."""
 
@@ -371,6 +390,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "beside": Beside,
     "averaged": Averaged,
     "scaled": Scaled,
+    "attentive": Attentive,
     "worded": Worded,
     "signal": Signal,
 }

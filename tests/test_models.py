@@ -230,9 +230,10 @@ def test_a_model_that_writes_over_its_input_is_refused() -> None:
         check_logits(Normalising(), SPEC)
 
 
-def test_a_model_in_16_bits_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match=r"0.weight holds 16-bit numbers; .* model.float\(\)"):
-        check_logits(net().bfloat16(), SPEC)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_is_not_in_float32_is_refused_by_name(dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match=rf"0.weight holds {dtype}; .* model.float\(\)"):
+        check_logits(net().to(dtype), SPEC)
 
 
 def torchvision_config(folder: Path, name: str, weights: str | None = None) -> ModelConfig:

@@ -30,6 +30,7 @@ from inc_clusterq.deployment.packing import weight_bits
 from inc_clusterq.deployment.saved import SavedModel, open_result
 from inc_clusterq.deployment.targets import load_inductor, target
 from inc_clusterq.errors import ConfigError, ResultError
+from inc_clusterq.inputs import MOST_PER_BATCH
 from inc_clusterq.models import load_model
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.result import place
@@ -88,8 +89,10 @@ def numbers(text: str) -> tuple[int, ...]:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
         found = (0,)
-    if any(number < 1 for number in found):
-        raise ConfigError(f"batch sizes are {text!r}; they must be positive whole numbers, separated by commas, such as 1,32")
+    if not all(1 <= number <= MOST_PER_BATCH for number in found):
+        raise ConfigError(
+            f"batch sizes are {text!r}; they must be whole numbers from 1 to {MOST_PER_BATCH} with commas between, such as 1,32"
+        )
     return found
 
 

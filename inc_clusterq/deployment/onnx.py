@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,14 @@ from inc_clusterq.deployment.fusion import clamp_before_quantize
 from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, of_kind, source_operators
 from inc_clusterq.deployment.saved import input_shape
 from inc_clusterq.errors import DeploymentError, ResultError
+from inc_clusterq.inputs import MOST_PER_BATCH
 from inc_clusterq.quiet import quiet
 
 EXTRA = "onnx"
 MODEL = "model.onnx"
 INPUT, OUTPUT = "input", "logits"
 OPSET = 20
-MOST_IMAGES_PER_CALL = 4096
+MAP_AXES = 3  # of the least that a pooling reads: (N, C, L)
 ONNX_KINDS: dict[str, Kind] = {
     "Conv": "convolution",
     "ConvTranspose": "convolution",
@@ -49,6 +51,7 @@ INT8_KERNELS = {
 }
 MOVES = {"MaxPool", "NhwcMaxPool", "Concat"}  # in int8 where they read and write 8-bit tensors
 QUIET = 3  # ONNX Runtime's log level: errors
+TOKEN = re.compile(r"_token_\d+$")  # what ONNX Runtime appends to the name of a node that it makes of others
 
 
 def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
@@ -63,7 +66,7 @@ def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
     module = deepcopy(module)
     clamp_before_quantize(module)
     example = torch.zeros(2, *input_shape(module))
-    shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_PER_BATCH)},)
     try:
         # The exporter prints its progress and warns of its own internals.
         with warnings.catch_warnings(action="ignore"), quiet(logging.ERROR, "torch.onnx", "onnxscript", "onnx_ir"):
@@ -82,6 +85,7 @@ def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
         raise DeploymentError(f"the model cannot be exported to ONNX: {type(error).__name__}: {reason[:300]}") from error
     assert program is not None
     model = program.model_proto
+    _separate_zero_points(model)
     _name_operators(model, source_operators(module))
     return model
 
@@ -121,10 +125,12 @@ def operators(module: fx.GraphModule, folder: Path) -> list[Operator]:
         _session(folder, None, optimised)
         model = onnx.load(optimised)
     written = onnx.load(folder / MODEL)
+    names = {node.name for node in written.graph.node}
     dequantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     kernels: dict[str, tuple[str, bool]] = {}
     for node in model.graph.node:
-        name = node.name.partition("_token_")[0].partition("/")[0]
+        name = node.name.partition("/")[0]
+        name = name if name in names else TOKEN.sub("", name)
         real = any(value in dequantized for value in node.input)
         in_int8 = node.op_type in INT8_KERNELS or (node.op_type in MOVES and not real)
         kernels.setdefault(name, (node.op_type, in_int8))
@@ -170,9 +176,32 @@ def _node_name(source: SourceOperator) -> str:
     return f"{source.kind}:{source.name}"
 
 
+def _separate_zero_points(model: Any) -> None:
+    """Give the zero points of each weight a constant of their own.
+
+    The exporter makes one of equal ones, and OpenVINO leaves those in float that a convolution and a linear operator share.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for number, node in enumerate(model.graph.node):
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants and len(node.input) > 2:
+            own = model.graph.initializer.add()
+            own.CopyFrom(constants[node.input[2]])
+            own.name = node.input[2] = f"{own.name}_{number}"
+
+
+def _constants(model: Any) -> set[str]:
+    """Names of all values that follow from the model's own numbers alone."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if all(name in constants for name in node.input):
+            constants.update(node.output)
+    return constants
+
+
 def _name_operators(model: Any, sources: Sequence[SourceOperator]) -> None:
     """Name nodes after the operators they came from, in order, and drop what the exporter notes of the user's source files."""
-    constants = {tensor.name for tensor in model.graph.initializer}
+    constants = _constants(model)
+    axes = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
     by_kind: dict[Kind, Iterator[SourceOperator]] = {kind: of_kind(sources, kind) for kind in set(ONNX_KINDS.values())}
     exact = {f"node_{source.node}": source for source in sources}
     for number, node in enumerate(model.graph.node):
@@ -181,6 +210,10 @@ def _name_operators(model: Any, sources: Sequence[SourceOperator]) -> None:
         feature_maps = [name for name in node.input if name not in constants]
         node_name, node.name = node.name, f"{node.op_type}:{number}"
         if kind is None or (kind == "addition" and len(feature_maps) != 2):
+            continue
+        if kind == "linear" and len(feature_maps) > 1 and node_name not in exact:  # a product of two feature maps
+            continue
+        if node.op_type == "ReduceMean" and axes.get(node.input[0], MAP_AXES) < MAP_AXES:  # of features, which is no pooling
             continue
         source = exact.get(node_name) if kind in ("addition", "concatenation") else next(by_kind[kind], None)
         if source is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.determinism import repeatable
 from inc_clusterq.difference import drawn_in
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
@@ -89,6 +90,7 @@ class Reconstruction:
     mixtures: bool = False  # whether it was learned from mixtures of images
 
 
+@repeatable()
 def reconstruct(
     quantized: QuantizedGraph,
     inputs: Tensor,  # shape: (N, *shape), calibration images as the model takes them

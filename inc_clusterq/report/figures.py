@@ -55,7 +55,7 @@ def clouds(parts: Mapping[str, tuple[Tensor, Tensor]]) -> bytes:
     axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (name, (points, classes)) in zip(axes, parts.items(), strict=True):
         axis.scatter(*points.T.numpy(), c=classes.numpy() % 10, cmap="tab10", vmin=0, vmax=9, s=8, alpha=0.7, linewidths=0)
-        axis.set_title(f"{name}, {len(points)} samples", fontsize=9)
+        axis.set_title(f"{name}, {len(points)} samples", fontsize=9, parse_math=False)
         axis.tick_params(labelsize=7)
     return _png(figure)
 
@@ -67,14 +67,14 @@ def by_layer(names: Sequence[str], measures: Mapping[str, Sequence[float]], titl
     for name, values in measures.items():
         axis.plot(range(len(names)), values, marker="o", markersize=3, linewidth=1, label=name)
     step = math.ceil(len(names) / 40)
-    axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6)
+    axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6, parse_math=False)
     axis.tick_params(axis="y", labelsize=7)
     if log:
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)
     axis.legend(fontsize=7)
     return _png(figure)
 
@@ -88,11 +88,11 @@ def by_depth(passes: Mapping[str, Sequence[tuple[str, int, float]]], title: str)
         edges = [0, *accumulate(layers for _, layers, _ in units)]
         axis.stairs([value for _, _, value in units], edges, baseline=None, linewidth=1.5, label=name)
         starts.update(zip(edges, (unit for unit, _, _ in units), strict=False))
-    axis.set_xticks(list(starts), list(starts.values()), rotation=90, fontsize=6)
+    axis.set_xticks(list(starts), list(starts.values()), rotation=90, fontsize=6, parse_math=False)
     axis.tick_params(axis="y", labelsize=7)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)
     axis.legend(fontsize=7)
     return _png(figure)
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.allocation import freed_memory_kept
+from inc_clusterq.determinism import repeatable
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.acceleration import compiled, is_compiled, is_in_bfloat16
@@ -93,10 +94,9 @@ def synthesise_into(
     settings = settings.of_inputs(spec.shape)
     rng = torch.Generator().manual_seed(seed)
     labels = balanced_labels(torch.arange(max(num_classes, 1)), samples, rng)
-    deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with (
         torch.enable_grad(),
-        deterministic,
+        repeatable(),
         freed_memory_kept(),
         teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as taught,
     ):

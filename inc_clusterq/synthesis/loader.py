@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.fingerprint import fingerprint
-from inc_clusterq.inputs import InputSpec
+from inc_clusterq.inputs import MOST_PER_BATCH, InputSpec
 from inc_clusterq.models import read_output
 from inc_clusterq.origin import synthetic_images
 from inc_clusterq.progress import SILENT, Progress
@@ -28,8 +28,6 @@ from inc_clusterq.synthesis.statistics import batch_norms
 from inc_clusterq.synthesis.store import build_dataset, cached_dataset
 
 logger = logging.getLogger(__name__)
-
-MOST_PER_BATCH = 4096  # the exporter wants a bound; no calibration batch comes near it
 
 
 @dataclass

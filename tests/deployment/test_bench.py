@@ -96,9 +96,9 @@ def test_the_models_take_turns_and_are_compared_pair_by_pair() -> None:
     assert timings[1].latency.low <= timings[1].latency.median <= timings[1].latency.high
 
 
-@pytest.mark.parametrize("text", ["", "0", "1,x", "-1"])
+@pytest.mark.parametrize("text", ["", "0", "1,x", "-1", "1,4097"])
 def test_batch_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="positive whole numbers"):
+    with pytest.raises(ConfigError, match="whole numbers from 1 to 4096"):
         numbers(text)
     assert numbers("1,32") == (1, 32)
 

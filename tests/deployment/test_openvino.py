@@ -33,6 +33,15 @@ def test_it_runs_in_int8_and_computes_what_was_evaluated(
     assert target.load(tmp_path)(inputs).shape == (24, 5)  # the batch dimension is free
 
 
+def test_a_linear_operator_as_wide_as_a_convolution_leaves_both_in_int8(saved: SavedResult, tmp_path: Path) -> None:
+    """OpenVINO computes in float what reads a constant of zero points that the two share."""
+    model = saved("attentive", 8)
+    target.export(model.module, tmp_path)
+    found = {operator.name: operator.precision for operator in target.operators(model.module, tmp_path)}
+    layers = ("stem.0", "query.0", "local_token_mix.0", "squeeze", "excite", "fc")
+    assert [found[name] for name in layers] == ["int8"] * 6
+
+
 def test_a_missing_run_time_is_named_with_its_extra(
     saved: SavedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,13 @@ def test_what_changes_the_result_changes_every_key(quantized: Quantized, network
     assert after.key.isalnum()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose units could be told from a CPU's")
+def test_a_gpu_goes_on_with_no_unit_of_a_cpu(quantized: Quantized, network: Network, quick: Quick) -> None:
+    _, inputs = network("chain")
+    graph = quantized("chain")
+    assert UnitStore().start(graph, inputs, quick(), 0).key != UnitStore().start(graph, inputs.cuda(), quick(), 0).key
+
+
 def test_what_only_chooses_units_changes_no_key(quantized: Quantized, network: Network, quick: Quick) -> None:
     _, inputs = network("chain")
     graph = quantized("chain")

@@ -56,6 +56,23 @@ def test_optimisation_lowers_the_loss_of_rounding_to_nearest(run: Run, network: 
     assert output_error(graph, inputs) < output_error(plain, inputs)
 
 
+def test_on_a_gpu_it_would_be_computed_in_float32_and_the_same_each_time(
+    quantized: Quantized, network: Network, quick: Quick
+) -> None:
+    graph, settings = quantized("chain"), quick(iterations=2)
+    seen: set[tuple[bool, bool, bool]] = set()
+
+    def look(*_: object) -> None:
+        flags = torch.backends.cudnn
+        seen.add((flags.deterministic, flags.benchmark, flags.allow_tf32))
+
+    for layer in graph.graph_module.modules():
+        layer.register_forward_pre_hook(look)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+        reconstruct(graph, network("chain")[1], settings, seed=0, store=UnitStore())
+    assert seen == {(True, False, False)}
+
+
 def test_without_iterations_weights_are_rounded_to_nearest(run: Run, quick: Quick) -> None:
     _, graph, _ = run("chain", quick(iterations=0, start="nearest"))
     weights = dict(graph.graph_module.named_parameters())
