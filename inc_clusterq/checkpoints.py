@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from inc_clusterq.errors import ModelError
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 5
 """So many names are listed of each kind of misfit."""
 
@@ -20,6 +23,9 @@ ENDINGS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts put a state dict beside their optimiser's."""
+
+AVERAGES = ("state_dict_ema", "model_ema", "ema")
+"""Keys of moving averages of the weights; such a state dict is read where it is the only one."""
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile leave in front of all names."""
@@ -65,10 +71,16 @@ def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    for key in WRAPPINGS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    if isinstance(content, Mapping):
+        found = [key for key in (*WRAPPINGS, *AVERAGES) if isinstance(content.get(key), Mapping)]
+        if unused := [key for key in found[1:] if key in AVERAGES]:
+            logger.warning(
+                "checkpoint %s: %r is read; %r is there too and is not used: if you deploy that, save it to a file of its own",
+                path,
+                found[0],
+                unused[0],
+            )
+        content = content[found[0]] if found else content
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"checkpoint {path}: holds {type(content).__name__}, not the named tensors of a state dict")
     state: dict[str, Tensor] = {}
@@ -76,7 +88,7 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"checkpoint {path}: {name!r} is {type(value).__name__}, not a tensor; it must be a state dict, "
-                f"alone or under one of the keys {', '.join(WRAPPINGS)}"
+                f"alone or under one of the keys {', '.join((*WRAPPINGS, *AVERAGES))}"
             )
         state[str(name)] = value
     while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None):

@@ -114,7 +114,8 @@ class ModelConfig(_SectionOfFile):
     )
     weights: Name | None = Field(
         None,
-        description="Checkpoint, relative to the YAML: `.safetensors`, or `.pt`, `.pth` or `.ckpt` that holds tensors only. "
+        description="Checkpoint, relative to the YAML: `.safetensors`, or `.pt`, `.pth` or `.ckpt` that holds tensors only: a "
+        "state dict, or one under `state_dict`, `model_state_dict` or `model`, or else `state_dict_ema`, `model_ema` or `ema`. "
         "For torchvision also the name of published weights, such as `DEFAULT`, that are already in torch's cache. "
         "Empty: the function returns a trained model.",
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SUSPICIOUS = 300.0
 
 DRAWN_SLOWLY = {"googlenet", "inception_v3"}
 """Networks of torchvision whose random weights take long and make it warn; a checkpoint replaces them."""
+
+ONE_INPUT = "; it may have one input tensor only: give what else it takes a default, or wrap it"
 
 SUM_TOLERANCE = 1e-4
 """Non-negative outputs that add up to 1 within this are taken for probabilities."""
@@ -174,8 +177,15 @@ def _run(module: nn.Module, batch: Tensor) -> Any:
     except Exception as failure:  # the user's own model: anything can come out of it
         raise ModelError(
             f"the model does not take an input of shape {tuple(batch.shape)}, model.input.shape is {list(batch.shape[1:])}: "
-            f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+            f"{type(failure).__name__}: {' '.join(str(failure).split())}" + (ONE_INPUT if _inputs(module) > 1 else "")
         ) from failure
+
+
+def _inputs(module: nn.Module) -> int:
+    """So many arguments a model cannot do without."""
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    given = signature(module.forward).parameters.values()
+    return sum(argument.kind in kinds and argument.default is Parameter.empty for argument in given)
 
 
 def _from_python(config: ModelConfig) -> nn.Module:

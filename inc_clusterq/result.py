@@ -19,6 +19,7 @@ from inc_clusterq.synthesis.quality import SetQuality
 from inc_clusterq.tuning import TuningOutcome
 
 FORMAT = 1
+DISTURBED = 3.0  # times the 10th percentile of a latency that the 90th has only where something else runs
 
 
 def place(folder: Path) -> str:
@@ -101,6 +102,12 @@ class Result:
         for row in self.rows:
             table.add_row(row.name, f"{row.score:.2%}", f"{row.size / 1024:.0f} KiB", *_latency_cells(row.latency, reference))
         console.print(table)
+        if any(row.latency is not None and row.latency.high > DISTURBED * row.latency.low for row in self.rows):
+            console.print(
+                "Something else ran on this machine while the models were timed; `inc-clusterq bench` times them again.",
+                soft_wrap=True,
+                highlight=False,
+            )
         verdict = "meets" if self.met_goal else "MISSES"
         console.print(
             f"Best of {len(self.outcome.trials)} trial(s), {self.outcome.best.trial.label}: {verdict} the goal of "

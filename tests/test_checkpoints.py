@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -36,13 +37,24 @@ def test_what_was_saved_is_what_is_read(tmp_path: Path, state: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "ema"])
 def test_wrapping_and_prefixes_of_training_scripts_are_taken_off(
     tmp_path: Path, state: dict[str, Tensor], key: str, prefix: str
 ) -> None:
     file = tmp_path / "net.pth"
     torch.save({"epoch": 3, key: OrderedDict((f"{prefix}{name}", value) for name, value in state.items())}, file)
     assert read_state(file).keys() == state.keys()
+
+
+def test_weights_are_read_in_place_of_their_averages_and_that_is_said(
+    tmp_path: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    averaged = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict_ema": averaged, "state_dict": state}, tmp_path / "net.pth")
+    with caplog.at_level(logging.WARNING, "inc_clusterq"):
+        read = read_state(tmp_path / "net.pth")
+    assert all(torch.equal(read[name], state[name]) for name in state)
+    assert "'state_dict' is read; 'state_dict_ema' is there too" in caplog.text
 
 
 def test_the_name_of_the_module_that_held_the_model_is_taken_off_where_all_then_fits(state: dict[str, Tensor]) -> None:

@@ -83,6 +83,11 @@ ODD = """
         net = Net()
         net.register_buffer("mask", torch.eye(3).to_sparse())
         return net
+    class Two(Net):
+        def forward(self, x, y, z=1):
+            return super().forward(x) + y
+    def two():
+        return Two()
     def parallel():
         return nn.DataParallel(Net())
     def compiled():
@@ -95,6 +100,7 @@ ODD = """
     [
         ("squeezed", r"returns shape \(5,\) for 1 sample and \(2, 5\) for 2; .* flatten\(1\) in place of squeeze"),
         ("pairs", r"does not take an input of shape \(1, 1, 8, 8\), model\.input\.shape is \[1, 8, 8\]: IndexError: "),
+        ("two", r"TypeError: .*'y'; it may have one input tensor only"),
         ("noisy", r"returns other values for the same input each time"),
         ("lazy", r"ending\.weight is not initialised yet; give the trained model"),
         ("elsewhere", r"conv\.weight is on the device meta"),

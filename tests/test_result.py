@@ -67,6 +67,12 @@ def test_the_json_holds_what_was_measured(result: Result, tmp_path: Path) -> Non
     assert isinstance(found["format"], int)
 
 
+def test_timings_that_something_disturbed_are_said_to_be(result: Result) -> None:
+    assert "times them again" not in printed(result)
+    disturbed = replace(result.rows[1], latency=Latency(1.0, 0.5, 1.6))
+    assert "times them again" in printed(replace(result, rows=(result.rows[0], disturbed)))
+
+
 def test_the_table_compares_with_float(result: Result) -> None:
     lines = printed(result).splitlines()
     (ours,) = [line for line in lines if line.split()[1:2] == ["ours"]]

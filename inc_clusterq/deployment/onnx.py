@@ -24,6 +24,7 @@ from inc_clusterq.quiet import quiet
 
 EXTRA = "onnx"
 MODEL = "model.onnx"
+EXPORTER = ("onnx", "onnxscript")  # packages
 INPUT, OUTPUT = "input", "logits"
 OPSET = 20
 MAP_AXES = 3  # of the least that a pooling reads: (N, C, L)
@@ -61,7 +62,7 @@ def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
         MissingDependencyError: onnx or onnxscript is not installed.
         DeploymentError: an operator has no counterpart in ONNX.
     """
-    for package in ("onnx", "onnxscript"):
+    for package in EXPORTER:
         require(package, EXTRA)
     module = deepcopy(module)
     clamp_before_quantize(module)
@@ -92,9 +93,10 @@ def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
 
 def export(module: fx.GraphModule, folder: Path) -> None:
     """Write `model.onnx`, as ONNX Runtime needs it for its int8 kernels."""
-    from inc_clusterq.deployment.onnx_rewrite import rewrite
+    for package in ("onnxruntime", *EXPORTER):
+        require(package, EXTRA)
+    from inc_clusterq.deployment.onnx_rewrite import rewrite  # which needs them
 
-    require("onnxruntime", EXTRA)
     model = rewrite(to_onnx(module))
     (folder / MODEL).write_bytes(model.SerializeToString())
 

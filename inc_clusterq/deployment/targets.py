@@ -65,8 +65,8 @@ TARGETS: dict[str, Target] = {
             _copy,
             load_inductor,
             _inductor_operators,
-            "load it with neural_compressor.torch.quantization.load and compile it under torch.no_grad with "
-            "torch._inductor.config.freezing = True; without freezing, everything is computed in float",
+            "load it with neural_compressor.torch.quantization.load and compile it with torch.compile(..., dynamic=False) "
+            "under torch.no_grad, with torch._inductor.config.freezing = True; without that, everything is computed in float",
         ),
         Target(
             "onnxruntime",

@@ -192,11 +192,14 @@ def test_a_second_rounding_to_other_levels_is_kept_and_what_is_behind_it_runs_in
     assert "QLinearConv" in {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
 
 
-def test_a_missing_run_time_is_named_with_its_extra(
-    saved: SavedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "onnxscript"])
+def test_a_missing_package_is_named_with_its_extra(
+    saved: SavedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r"onnxruntime.*inc-clusterq\[onnx\]"):
+    for name in ("rewrite", "graph", "bias"):  # as in a process that has not exported yet
+        monkeypatch.delitem(sys.modules, f"inc_clusterq.deployment.onnx_{name}")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"{package} is needed .*inc-clusterq\[onnx\]"):
         target.export(saved("chain").module, tmp_path)
     assert not list(tmp_path.iterdir())
 
