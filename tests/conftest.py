@@ -320,15 +320,17 @@ class Scaled(Classifier):
 
 
 class Attentive(Classifier):
-    """Products of feature maps between its layers; a linear operator as wide as a convolution; a name that run times use."""
+    """Products of feature maps between its layers; a tensor of its own added to one; a linear operator as wide as a
+    convolution; a name that run times use."""
 
     def __init__(self) -> None:
         super().__init__(8)
-        self.query, self.local_token_mix = conv(8, 8, 1), conv(8, 8)
+        self.query, self.local_token_mix = nn.Conv2d(8, 8, 1), conv(8, 8)
         self.squeeze, self.excite = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.position = nn.Parameter(torch.rand(1, 8, 8, 8))
 
     def features(self, x: Tensor) -> Tensor:
-        query = self.query(x).flatten(2)
+        query = functional.relu(self.query(x) + self.position).flatten(2)
         x = functional.relu(self.local_token_mix(x))
         attention = torch.softmax(torch.matmul(query.transpose(1, 2), query), -1)
         x = torch.matmul(x.flatten(2), attention).view_as(x)

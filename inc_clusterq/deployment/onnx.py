@@ -40,6 +40,7 @@ ONNX_KINDS: dict[str, Kind] = {
     "Concat": "concatenation",
     "Add": "addition",
 }
+NAMED = {"addition", "concatenation"}  # kinds of which the exporter makes more than the module has: told by their names alone
 INT8_KERNELS = {
     "QLinearConv",
     "QLinearMatMul",
@@ -209,15 +210,16 @@ def _name_operators(model: Any, sources: Sequence[SourceOperator]) -> None:
     for number, node in enumerate(model.graph.node):
         del node.metadata_props[:]
         kind = ONNX_KINDS.get(node.op_type)
-        feature_maps = [name for name in node.input if name not in constants]
-        node_name, node.name = node.name, f"{node.op_type}:{number}"
-        if kind is None or (kind == "addition" and len(feature_maps) != 2):
+        source = exact.get(node.name)
+        named = source is not None and source.kind == kind
+        node.name = f"{node.op_type}:{number}"
+        if kind is None or (kind in NAMED and not named):
             continue
-        if kind == "linear" and len(feature_maps) > 1 and node_name not in exact:  # a product of two feature maps
+        if kind == "linear" and not named and node.input[1] not in constants:  # a product of two feature maps
             continue
         if node.op_type == "ReduceMean" and axes.get(node.input[0], MAP_AXES) < MAP_AXES:  # of features, which is no pooling
             continue
-        source = exact.get(node_name) if kind in ("addition", "concatenation") else next(by_kind[kind], None)
+        source = source if kind in NAMED else next(by_kind[kind], None)
         if source is not None:
             node.name = _node_name(source)
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
