@@ -13,6 +13,7 @@ import torch
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import quantize
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.nn import functional
 
 from inc_clusterq import InputSpec, MRECGConfig
@@ -435,3 +436,16 @@ def test_limits_far_above_what_occurs_compile(images: Tensor) -> None:
     torch.manual_seed(0)
     model = quantized(Limited(LIMITS["far above what occurs"]), images, w_bits=8, act_bits=8)
     assert error(compile_frozen(model, images[:1].clone())(images[:1]), model(images[:1])) < 1e-3
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_channel_compiles_for_each_size_of_a_batch() -> None:
+    """As the docs say to compile what the host loads; for any size at once Inductor does not take it."""
+    torch.manual_seed(0)
+    inputs, net = torch.randn(32, 1, 8, 8), nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    model = quantized(net, inputs)
+    with inductor_config.patch(freezing=True):
+        compiled: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
+        for count in (1, 8, 3):
+            assert error(compiled(inputs[:count]), model(inputs[:count])) < 1e-3
