@@ -27,7 +27,7 @@ from pydantic import (
 
 from inc_clusterq.config_errors import explain
 from inc_clusterq.errors import ConfigError
-from inc_clusterq.inputs import InputSpec
+from inc_clusterq.inputs import MOST_PER_BATCH, InputSpec
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.references import REFERENCE_PATTERN
 from inc_clusterq.synthesis.settings import ClusterQSettings
@@ -178,7 +178,7 @@ class DatasetConfig(Section):
 class DataLoaderConfig(Section):
     """How the calibration set is handed to the host."""
 
-    batch_size: int = Field(32, ge=1, le=4096, description="Images per batch; a short last batch is used too.")
+    batch_size: int = Field(32, ge=1, le=MOST_PER_BATCH, description="Images per batch; a short last batch is used too.")
     dataset: DatasetConfig = Field(DatasetConfig(), description="Where the calibration images come from.")
 
 

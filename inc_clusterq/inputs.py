@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_PER_BATCH = 4096  # the exporter wants a bound; no calibration batch comes near it
+MOST_PER_BATCH = 4096  # inputs per call of an exported program: the exporters want a bound
 LARGE = 96  # pixels of the shorter side from which an image is dear to make, holds many positions, and can be halved
 
 

@@ -19,7 +19,7 @@ from inc_clusterq.synthesis.quality import SetQuality
 from inc_clusterq.tuning import TuningOutcome
 
 FORMAT = 1
-DISTURBED = 3.0  # times the 10th percentile of a latency that the 90th has only where something else runs
+DISTURBED = 3.0  # times the 10th percentile: with a 90th above that the median tells little
 
 
 def place(folder: Path) -> str:
@@ -104,7 +104,7 @@ class Result:
         console.print(table)
         if any(row.latency is not None and row.latency.high > DISTURBED * row.latency.low for row in self.rows):
             console.print(
-                "Something else ran on this machine while the models were timed; `inc-clusterq bench` times them again.",
+                "The timings spread widely, as where something else is running; `inc-clusterq bench` times them again.",
                 soft_wrap=True,
                 highlight=False,
             )

@@ -55,7 +55,7 @@ def clouds(parts: Mapping[str, tuple[Tensor, Tensor]]) -> bytes:
     axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (name, (points, classes)) in zip(axes, parts.items(), strict=True):
         axis.scatter(*points.T.numpy(), c=classes.numpy() % 10, cmap="tab10", vmin=0, vmax=9, s=8, alpha=0.7, linewidths=0)
-        axis.set_title(f"{name}, {len(points)} samples", fontsize=9, parse_math=False)
+        axis.set_title(f"{name}, {len(points)} samples", fontsize=9)
         axis.tick_params(labelsize=7)
     return _png(figure)
 
@@ -74,7 +74,7 @@ def by_layer(names: Sequence[str], measures: Mapping[str, Sequence[float]], titl
     else:
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.set_title(title, fontsize=9, parse_math=False)
+    axis.set_title(title, fontsize=9)
     axis.legend(fontsize=7)
     return _png(figure)
 
@@ -92,7 +92,7 @@ def by_depth(passes: Mapping[str, Sequence[tuple[str, int, float]]], title: str)
     axis.tick_params(axis="y", labelsize=7)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.set_title(title, fontsize=9, parse_math=False)
+    axis.set_title(title, fontsize=9)
     axis.legend(fontsize=7)
     return _png(figure)
 
