@@ -14,11 +14,13 @@ from inc_clusterq.canonical.one_dimension import lift_to_two_dimensions
 from inc_clusterq.canonical.origin import name_origins
 from inc_clusterq.canonical.padding import write_padding_as_numbers
 from inc_clusterq.canonical.products import write_products_as_linear
+from inc_clusterq.canonical.sizes import write_sizes_in_full
 from inc_clusterq.canonical.weights import compute_weights
 
 
 def canonicalise(graph_module: fx.GraphModule) -> None:
     """All steps, in place, in the order in which they build on each other."""
+    write_sizes_in_full(graph_module)
     write_padding_as_numbers(graph_module)
     write_products_as_linear(graph_module)
     compute_weights(graph_module)
