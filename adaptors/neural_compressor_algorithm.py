@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -33,13 +33,12 @@ from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.difference import largest_difference
 from inc_clusterq.errors import ModelError
-from inc_clusterq.origin import are_synthetic
 from inc_clusterq.progress import SILENT, Progress
-from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan, LayerBits
+from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.granularity import explicit_units
-from inc_clusterq.reconstruction.graph import Unit, extract, is_observer, partition
-from inc_clusterq.reconstruction.mixing import without_data
+from inc_clusterq.reconstruction.graph import extract, is_observer
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers, lowest_bits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -98,7 +97,6 @@ class _Calibration:
     example: Tensor
     reference: Tensor  # the float model's outputs for `example`
     batches: list[Tensor]
-    synthetic: list[bool]  # whether that was said, of each batch
     hook: Any
     dynamic_shapes: Any  # as the model was exported; the host's `save` wants them
 
@@ -128,7 +126,6 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
         ) from error
     prepared: fx.GraphModule = deepcopy(by_host)  # the exported graph shares its parameters with the user's float model
     batches: list[Tensor] = []
-    synthetic: list[bool] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         (images,) = (*inputs, *named.values())
@@ -136,10 +133,9 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
             found, wanted = tuple(images.shape[1:]), tuple(example.shape[1:])
             raise ModelError(f"calibration images have shape {found} each; the model was exported for {wanted}")
         batches.append(images.detach().clone())  # a loader may fill the same tensor again
-        synthetic.append(are_synthetic())
 
     hook = prepared.register_forward_pre_hook(keep, with_kwargs=True)
-    prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, synthetic, hook, dynamic_shapes)
+    prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, hook, dynamic_shapes)
     return prepared
 
 
@@ -193,8 +189,7 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     if config.fallback_units:
         ranking = settings.model_copy(update={"end_to_end_iterations": 0})  # behind the units, which are shared
         reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, ranking, config, calibration)[1]
-        quantizable = _quantizable(partition(prepared))
-        plan = _with_fallback(plan, reconstruction, config.fallback_units, _most_bits(settings), quantizable)
+        plan = _with_fallback(plan, reconstruction, config.fallback_units, settings)
     converted, reconstruction = _reconstruct(prepared, inputs, plan, settings, config, calibration)
     converted.dynamic_shapes = calibration.dynamic_shapes
     converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
@@ -211,8 +206,6 @@ def _reconstruct(
     config: MRECGConfig,
     calibration: _Calibration,
 ) -> tuple[fx.GraphModule, Reconstruction]:
-    if all(calibration.synthetic):
-        settings = without_data(settings, inputs.shape[1:], plan.activation)
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
     quantized = _installed(prepared, plan, settings)
@@ -256,12 +249,13 @@ def count_units(exported: nn.Module, config: MRECGConfig) -> int:
     quantized = _installed(prepared, config.bit_plan(), settings)
     _assert_unchanged(prepared, calibration)
     units = (extract(quantized.graph_module, unit) for unit in base_units(quantized, settings))
-    return sum(lowest_bits(unit) < _most_bits(settings) for unit in units)
+    widths = ((lowest_bits(unit, WeightQuantizer), lowest_bits(unit, ActivationQuantizer)) for unit in units)
+    return sum(_can_be_raised(weight, activation, settings) for weight, activation in widths)
 
 
-def _most_bits(settings: ReconstructionSettings) -> int:
-    """Of a unit that was raised."""
-    return min(FULL_BITS, settings.weight_ceiling)
+def _can_be_raised(weight: int, activation: int, settings: ReconstructionSettings) -> bool:
+    """Whether a unit of these lowest widths has fewer bits than one that was raised."""
+    return weight < min(FULL_BITS, settings.weight_ceiling) or activation < FULL_BITS
 
 
 def _installed(prepared: fx.GraphModule, plan: BitPlan, settings: ReconstructionSettings) -> QuantizedGraph:
@@ -285,13 +279,7 @@ def _assert_unchanged(prepared: fx.GraphModule, calibration: _Calibration) -> No
         )
 
 
-def _quantizable(units: Sequence[Unit]) -> set[str]:
-    """Names of the layers that the host gives a quantizer."""
-    return {layer.name for unit in units for layer in unit.layers if layer.quantizer}
-
-
-def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int, most: int, quantizable: set[str]) -> BitPlan:
-    candidates = [unit for unit in reconstruction.units if unit.lowest_bits < most]
+def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int, settings: ReconstructionSettings) -> BitPlan:
+    candidates = [unit for unit in reconstruction.units if _can_be_raised(unit.weight_bits, unit.activation_bits, settings)]
     worst = sorted(candidates, key=lambda unit: -unit.relative_loss)[:units]
-    raised = {name: LayerBits(FULL_BITS, FULL_BITS) for unit in worst for name in unit.layers if name in quantizable}
-    return replace(plan, layers={**plan.layers, **raised})
+    return replace(plan, raised=frozenset(name for unit in worst for name in unit.layers))

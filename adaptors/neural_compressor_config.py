@@ -49,7 +49,7 @@ class MRECGConfig(TorchBaseConfig):
         act_bits: bits of the activations, 2 to 8, unsigned affine per tensor.
         granularity: "layer", "block", "modcap", "loss" or "explicit"; see `ReconstructionSettings`.
         fallback_units: this many units, those with the largest relative loss, get 8 bits.
-        layer_bits: exact module name -> (weight bits, activation bits); None in a place: as the rest.
+        layer_bits: exact module name -> (weight bits, bits of the input); None in a place: as the rest.
         kind_bits: the same for all layers of a kind: "dense", "depthwise", "grouped" or "linear"; `layer_bits` is stronger.
         preset: effort, "fast", "balanced" or "best"; the keys below override it.
         seed: all randomness of the reconstruction flows from it.

@@ -95,7 +95,7 @@ def _measured(
             else:
                 keys = NEAREST if column == "nearest, real" else {}
                 bits = int(width[1]), int(width[3])
-                model = common.reconstructed(exported, inputs, *bits, seed, options, no_data=column == OURS, **keys)
+                model = common.reconstructed(exported, inputs, *bits, seed, options, **keys)
             top1[width][column].append(score(model))
             spent = time.perf_counter() - began
             console.print(f"  seed {seed} {width} {column}: {top1[width][column][-1]:.2f} in {spent:.0f} s", highlight=False)

@@ -14,7 +14,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from inc_clusterq.environment import environment
 from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits
-from inc_clusterq.origin import synthetic_images
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
@@ -260,15 +258,12 @@ def reconstructed(
     activation: int,
     seed: int,
     options: Options,
-    *,
-    no_data: bool = False,  # with the defaults of a job without data
     **keys: Any,
 ) -> nn.Module:
     """Ours, in one trial, so that nothing is selected: ModCap granularity at the preset's effort, with `keys` changed."""
     preset = ReconstructionSettings.PRESETS[options.preset]
     settings = ReconstructionSettings.model_validate({**preset, "granularity": "modcap", **keys})
-    with synthetic_images() if no_data else nullcontext():
-        return one_trial(exported, images, weight, activation, settings, seed).model
+    return one_trial(exported, images, weight, activation, settings, seed).model
 
 
 def one_trial(

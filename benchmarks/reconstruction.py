@@ -17,8 +17,6 @@ Methods:
   ours fixed       ours with the weights' step sizes as they are at the start
   ours end to end  ours, and behind it the pass end to end where the outputs are far off
   ours views       the same with views of small images, shifted and mirrored: the defaults
-  ours mixtures    ours end to end, learned from mixtures of two images each: the default for large synthetic images
-                   where activations have fewer than 8 bits
   QDrop twice      QDrop with twice the preset's steps, which take about the time of the defaults
   QDrop 20000      QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
@@ -64,7 +62,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
     "ours end to end": {"granularity": "modcap", "end_to_end_iterations": None},
     "ours views": {"granularity": "modcap", "end_to_end_iterations": None, "views": None},
-    "ours mixtures": {"granularity": "modcap", "end_to_end_iterations": None, "mixtures": True},
     "QDrop twice": {**LEARNED["QDrop"], "iterations_times": 2},
     "QDrop 20000": {
         **LEARNED["QDrop"],

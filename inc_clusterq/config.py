@@ -162,8 +162,8 @@ class OpWise(Section):
     weight: Bits | None = Field(None, description="Weights; empty: as `model_wise`.")
     activation: Bits | None = Field(
         None,
-        description="Input; empty: as `model_wise`. Layers that read the same tensor get the most bits asked for any of "
-        "them here.",
+        description="Input, and what is added or joined on its way there from the layers before; empty: as `model_wise`. "
+        "Layers that read the same tensor get the most bits asked for any of them here.",
     )
 
 

@@ -28,7 +28,6 @@ from inc_clusterq.errors import ConfigError, DatasetError, DeploymentError
 from inc_clusterq.evaluation import accuracy, agreement
 from inc_clusterq.labelled import load_labelled
 from inc_clusterq.models import FloatModel, load_model
-from inc_clusterq.origin import synthetic_images
 from inc_clusterq.output import RESULT, check_output, filled_whole
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction.bits import LayerBits
@@ -78,8 +77,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
     batches = calibration.split(config.quantization.calibration.dataloader.batch_size)
     with _timed(seconds, "tuning"):
         workspace = config.tuning.workspace.path / "units"
-        with synthetic_images():
-            outcome = adaptor.tune(exported, batches, trials, request, judge.score, workspace, progress)
+        outcome = adaptor.tune(exported, batches, trials, request, judge.score, workspace, progress)
     with _timed(seconds, "static baseline"):
         noise = random_samples(model.input, calibrating, torch.Generator().manual_seed(request.seed))
         static = _baseline(adaptor, exported, noise.split(len(batches[0])), judge.score)

@@ -11,7 +11,7 @@ from inc_clusterq.report.losses import loss_figure
 
 
 def unit(layers: tuple[str, ...], loss: float) -> UnitReport:
-    return UnitReport(" .. ".join(layers), layers, 4, 100.0, 10 * loss, loss, 1.0, False)
+    return UnitReport(" .. ".join(layers), layers, 4, 8, 100.0, 10 * loss, loss, 1.0, False)
 
 
 BASE = (unit(("a", "b"), 0.1), unit(("c",), 0.4), unit(("d",), 0.2))

@@ -39,9 +39,12 @@ class BitPlan:
     edge: int = 8
     layers: Mapping[str, LayerBits] = field(default_factory=dict)
     kinds: Mapping[str, LayerBits] = field(default_factory=dict)
+    raised: frozenset[str] = frozenset()  # layers of the units of which everything gets FULL_BITS
 
     def asked(self, layer: Layer) -> LayerBits:
         """What was asked for this very layer: by its name, else by its kind."""
+        if layer.name in self.raised:
+            return LayerBits(FULL_BITS, FULL_BITS)
         named, kind = self.layers.get(layer.name, LayerBits()), self.kinds.get(layer.kind, LayerBits())
         return LayerBits(named.weight or kind.weight, named.activation or kind.activation)
 
@@ -66,6 +69,7 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
     behind = _weighted_behind(graph_module, set(layers))
     before = _has_weighted_before(graph_module, set(layers))
     last = {name for name in layers if not behind[name]}
+    raised = {name for unit in units if any(layer.name in plan.raised for layer in unit.layers) for name in unit.nodes}
     bits: dict[str, int] = {}
     for node in graph_module.graph.nodes:
         if node.name in layers:
@@ -82,9 +86,13 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
             if found < usual and (others := tuple(name for name, value in asked if not value)):
                 _tell_of_readers(tuple(name for name, value in asked if value), others, found)
             # One observer may stand at several places (pooling keeps its input's scale): the finest request counts.
-            bits[str(node.target)] = found
-    held = [str(node.target) for node in graph_module.graph.nodes if is_observer(node) and node.name not in before]
-    constants = dict.fromkeys((name for name in held if name not in bits), max(plan.edge, plan.activation))
+            bits[str(node.target)] = max(found, FULL_BITS if node.name in raised else 0)
+    held = [node for node in graph_module.graph.nodes if is_observer(node) and node.name not in before]
+    constants = {
+        str(node.target): max(plan.edge, plan.activation, FULL_BITS if {user.name for user in node.users} & raised else 0)
+        for node in held  # which belong to no unit's nodes
+        if str(node.target) not in bits
+    }
     return _same_for_shared(graph_module, bits, constants)
 
 

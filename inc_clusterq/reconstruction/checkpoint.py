@@ -1,10 +1,11 @@
 """Finished units on disk, addressed by everything that led to them.
 
-The key of a unit is the hash of the key before it and of the unit itself; the first key is the hash of the graph, the weights,
-the calibration images, the settings, the bits and the seed. Two runs that agree up to a unit share its file: a run that was
-killed continues there, and the passes of granularity `loss` share the units that they have in common. The random numbers
-of a unit come from its key too, so a resumed run ends bit-identical to one that was never interrupted. The pass end to end is
-kept like a unit, and its state on the way besides, since it can take as long as all units together.
+The key of a unit is the hash of the key before it and of the unit itself with its bits; the first key is the hash of the graph,
+the weights, the calibration images, the settings and the seed. Two runs that agree up to a unit share its file: a run that was
+killed continues there, the passes of granularity `loss` share the units that they have in common, and trials those in front of
+the first one whose bits differ. The random numbers of a unit come from its key too, so a resumed run ends bit-identical to one
+that was never interrupted. The pass end to end is kept like a unit, and its state on the way besides, since it can take as long
+as all units together.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ from inc_clusterq.resuming import State
 logger = logging.getLogger(__name__)
 
 CHECKSUM, TORCH, SECONDS = "sha256", "torch", "seconds"  # keys in a file's metadata
-FORMAT = 7  # raised whenever the meaning of a file or the course of the optimisation changes
-MIXTURES_FORMAT = 2  # the same, where it changes for units that learn from mixtures and for no others
+FORMAT = 8  # raised whenever the meaning of a file or the course of the optimisation changes
 # These choose units, where their tensors are kept, or what comes after the last of them.
 NOT_THE_UNITS = {
     "granularity",
@@ -59,8 +59,7 @@ class UnitStore:
         """The chain before its first unit."""
         digest = hashlib.sha256()
         chosen = {key: value for key, value in settings.model_dump().items() if key not in NOT_THE_UNITS}
-        formats = [FORMAT, MIXTURES_FORMAT] if settings.mixtures else [FORMAT]
-        digest.update(json.dumps([*formats, seed, chosen, quantized.bits], sort_keys=True).encode())
+        digest.update(json.dumps([FORMAT, seed, chosen], sort_keys=True).encode())
         digest.update(quantized.graph_module.code.encode())  # which has the operators' arguments
         for node in quantized.graph_module.graph.nodes:
             if node.op == "get_attr":  # weights and biases

@@ -35,13 +35,11 @@ from inc_clusterq.reconstruction.learning import (
     harden,
     images_per_step,
     loss_as_deployed,
-    outputs_in_float,
     power,
     reconstruction_loss,
     step_optimiser,
     taken,
 )
-from inc_clusterq.reconstruction.mixing import Mixture
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.resuming import SAVE_SECONDS, State, adam_state, below, restore_adam
@@ -104,8 +102,6 @@ def _descend(
     for step in range(done, steps):
         drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
         images = taken(inputs, drawn)
-        if settings.mixtures:
-            images = Mixture.draw(BATCH, generator).of(images)
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
         for some in images.split(together):
@@ -127,8 +123,8 @@ def _descend(
 
 def end_to_end_loss(module: fx.GraphModule, images: Tensor, features: float) -> Tensor:
     """L of the network as it is, against the one in float; `features` is lambda."""
-    with _hidden(module) as exact:
-        y = outputs_in_float(module, images)
+    with torch.no_grad(), in_mode(module, Mode.FLOAT), _hidden(module) as exact:
+        y = module(images)
     with _hidden(module) as hidden:
         loss = reconstruction_loss(module(images), y)
     learned = [(h, e) for h, e in zip(hidden, exact, strict=True) if h.requires_grad]  # the network's input is not

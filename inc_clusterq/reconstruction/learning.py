@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.mixing import Mixture
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser, soft_rounding
 from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
@@ -197,8 +196,10 @@ def _descend(
     for step in range(steps):
         drawn = torch.randint(images, (batch,), generator=generator, device=generator.device)
         chosen = flow.learned_from[drawn]
-        x, y, importance = step_samples(module, flow, chosen, settings, generator)
-        loss = reconstruction_loss(module(x), y, importance)
+        x = taken(flow.quantized_inputs, chosen)
+        if settings.drop_probability:  # of x~, some elements are as in the float network (QDrop)
+            x = x.lerp_(taken(flow.float_inputs, chosen), draw_mask(x, settings.drop_probability, generator))
+        loss = reconstruction_loss(module(x), taken(flow.targets, chosen), _weights(flow.weights, chosen))
         beta = beta_at(step, steps, settings.beta_start, settings.beta_end, settings.warm_up)
         total = loss
         if beta is not None:
@@ -250,32 +251,6 @@ def undecided(weights: list[WeightQuantizer]) -> float:
     """Share of the weights whose h(V) is not within 0.05 of 0 or 1."""
     count = sum(weight.v.numel() for weight in weights)
     return sum(int(((soft_rounding(weight.v) - 0.5).abs() < 0.45).sum()) for weight in weights) / max(count, 1)
-
-
-def step_samples(
-    module: fx.GraphModule, flow: Flow, chosen: Tensor, settings: ReconstructionSettings, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a step learns from: x~, the quantized input with some elements as in the float network (QDrop); y; weights."""
-    x, weights = taken(flow.quantized_inputs, chosen), _weights(flow.weights, chosen)
-    exact = taken(flow.float_inputs, chosen) if settings.drop_probability or settings.mixtures else x
-    if settings.mixtures:
-        mixture = Mixture.draw(len(chosen), generator)
-        x, exact = mixture.of(x), mixture.of(exact)
-        weights = None if weights is None else mixture.of(weights)
-        y = outputs_in_float(module, exact)
-    else:
-        y = taken(flow.targets, chosen)
-    if settings.drop_probability:
-        x = x.lerp_(exact, draw_mask(x, settings.drop_probability, generator))
-    return x, y, weights
-
-
-@torch.no_grad()
-def outputs_in_float(module: fx.GraphModule, inputs: Tensor) -> Tensor:
-    """What nothing but the float network would give."""
-    with in_mode(module, Mode.FLOAT):
-        outputs: Tensor = module(inputs)
-    return outputs
 
 
 def _weights(weights: Tensor | None, chosen: Tensor) -> Tensor | None:

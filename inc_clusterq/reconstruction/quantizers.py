@@ -47,9 +47,9 @@ def quantizers(module: nn.Module) -> Iterator[Quantizer]:
             yield child
 
 
-def lowest_bits(module: nn.Module) -> int:
-    """Of a module's weights and activations; 32 where it computes in float."""
-    return min((quantizer.bits for quantizer in quantizers(module)), default=32)
+def lowest_bits(module: nn.Module, kind: type[Quantizer]) -> int:
+    """Of a module's weights or activations; 32 where these stay in float."""
+    return min((quantizer.bits for quantizer in quantizers(module) if isinstance(quantizer, kind)), default=32)
 
 
 def simulated(module: nn.Module) -> Iterator[Simulated]:

@@ -22,7 +22,7 @@ from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
 from inc_clusterq.reconstruction.checkpoint import Chain, UnitStore
 from inc_clusterq.reconstruction.end_to_end import learn_end_to_end
-from inc_clusterq.reconstruction.fake_quantize import Mode
+from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.fisher import fisher_weights
 from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Unit, extract, join
@@ -40,6 +40,7 @@ from inc_clusterq.reconstruction.quantizers import (
     in_mode,
     initialise_activations,
     lowest_bits,
+    quantizers,
     set_mode,
     simulated,
 )
@@ -59,12 +60,18 @@ class UnitReport:
 
     name: str
     layers: tuple[str, ...]
-    lowest_bits: int  # of its weights and activations
+    weight_bits: int  # the lowest of its weights; 32 where all are in float
+    activation_bits: int  # the lowest of its activations
     capacity: float  # ModCap
     loss: float  # after hard rounding and before the pass end to end, over all calibration images with their views
     relative_loss: float  # the same, in units of the targets' own power
     seconds: float  # in whichever run computed it
     resumed: bool  # taken from disk, where this run or an earlier one had put it
+
+    @property
+    def lowest_bits(self) -> int:
+        """Of its weights and activations."""
+        return min(self.weight_bits, self.activation_bits)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,6 @@ class Reconstruction:
     base: tuple[UnitReport, ...] = field(default=())
     end_to_end: EndToEnd | None = None
     views: int = 1  # of each calibration image, itself included
-    mixtures: bool = False  # whether it was learned from mixtures of images
 
 
 @repeatable()
@@ -107,7 +113,6 @@ def reconstruct(
     """
     if len(inputs) == 0:
         raise ValueError("reconstruction needs calibration images; none were given")
-    settings = settings.model_copy(update={"mixtures": bool(settings.mixtures)})  # left open is no, with the same units
     views = count_views(inputs, settings)
     inputs = with_views(inputs, views, torch.Generator().manual_seed(seed), mirror=settings.mirror)
     initialise_activations(quantized, inputs, FORWARD_BATCH)
@@ -127,7 +132,7 @@ def reconstruct(
         run = loop.run(_joined(units, quantized, settings) if granularity == "modcap" else units)
     last = loop.end_to_end(run)
     set_mode(quantized.graph_module, Mode.HARD)
-    return Reconstruction(granularity, run.reports, base, last, views, bool(settings.mixtures))
+    return Reconstruction(granularity, run.reports, base, last, views)
 
 
 def base_units(quantized: QuantizedGraph, settings: ReconstructionSettings) -> Sequence[Unit]:
@@ -184,7 +189,7 @@ class _Loop:
                 began = time.perf_counter()
                 module = extract(self.quantized.graph_module, unit)
                 targets = _forward(module, float_inputs, Mode.FLOAT, self.inputs.device, shelf)
-                chain = chain.next(unit)
+                chain = chain.next(unit, str([quantizer.bits for quantizer in quantizers(module)]))
                 label = f"unit {number}/{len(units)} {unit.name}"
                 found = chain.restore(module)
                 if found is not None:
@@ -203,7 +208,8 @@ class _Loop:
                     UnitReport(
                         unit.name,
                         tuple(layer.name for layer in unit.layers),
-                        lowest_bits(module),
+                        lowest_bits(module, WeightQuantizer),
+                        lowest_bits(module, ActivationQuantizer),
                         modcap(unit, self.quantized.bits, self.settings.stride_factor),
                         loss,
                         loss / by if by else 0.0,

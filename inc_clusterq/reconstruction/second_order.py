@@ -22,7 +22,6 @@ from inc_clusterq.reconstruction.ranges import EPSILON, signed_levels
 DAMPING = 0.1  # added to the diagonal of A; GPTQ has 0.01
 MOST_DAMPING = 1e9  # with more A counts for nothing; only NaN or infinity comes here
 PULL = 3.0  # of w* towards w: only directions in which the input varies several times as much as on average adapt
-DISTRUSTFUL_PULL = 30.0  # the same for images whose correlations are not to be relied on
 FEW_SAMPLES = 4.0  # weight of n / samples, added to it: with few samples w* fits them rather than what is behind them
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # steps tried, as shares of the one without clipping
 PASSES = 4  # of coordinate descent
@@ -34,10 +33,9 @@ def best_rounding(
     weight: Tensor,  # shape: (G, R, n)
     moments: Moments,
     bits: int,
-    pull: float = PULL,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers (G, R, n), steps (G, R, 1), and the real-valued levels w* / s that the integers stand for."""
-    target = adapted(weight, moments, pull)
+    target = adapted(weight, moments)
     hessian, upper = _factored(moments)
     lowest, highest = signed_levels(bits)
     full = torch.maximum(target.amax(-1, keepdim=True) / highest, target.amin(-1, keepdim=True) / lowest).clamp_min(EPSILON)

@@ -133,13 +133,6 @@ class ReconstructionSettings(BaseModel):
         description="Mirror every other view left to right where there are three channels. `false` for content that has a "
         "reading direction, such as digits or signs.",
     )
-    mixtures: bool | None = Field(
-        None,
-        description="Learn from mixtures of two images each, to which the float network gives the targets, instead of the "
-        "images, and let the second-order start adapt to these less. With real images, and with 8 bits, nothing was gained; "
-        "small images were not tried. Empty: true for synthetic images (of a job, or by `ClusterQDataLoader.calibrate`) of "
-        f"{LARGE} pixels or more where activations have fewer than 8 bits, otherwise false.",
-    )
     validation_share: float = Field(
         0.125,
         ge=0,

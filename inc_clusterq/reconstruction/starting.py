@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inc_clusterq.reconstruction.graph import Unit, attribute
 from inc_clusterq.reconstruction.moments import collect, collect_outputs, has_columns, input_pairs, outputs_of
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
-from inc_clusterq.reconstruction.second_order import DISTRUSTFUL_PULL, PULL, best_rounding
+from inc_clusterq.reconstruction.second_order import best_rounding
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ def start_unit(
     if settings.start == "nearest" and not settings.correct_bias:
         return
     graph_module, done = quantized.graph_module, set(settled)
-    pull = DISTRUSTFUL_PULL if settings.mixtures else PULL
     for layer in unit.layers:
         quantizer = getattr(graph_module, layer.quantizer) if layer.quantizer else None
         if quantizer is None or quantizer in done or not has_columns(layer):
@@ -50,7 +49,7 @@ def start_unit(
         else:
             moments = collect(pairs)
             if settings.start == "second_order":
-                integers, scale, levels = best_rounding(rows.double(), moments, quantizer.bits, pull)
+                integers, scale, levels = best_rounding(rows.double(), moments, quantizer.bits)
                 levels = integers + SOFTNESS * (levels - integers).clamp(-HALF, HALF)
                 quantizer.restart(levels.reshape(weight.shape).to(weight.dtype), scale.flatten().to(weight.dtype))
         if correction is not None and correction not in done:

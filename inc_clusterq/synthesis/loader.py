@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import MOST_PER_BATCH, InputSpec
 from inc_clusterq.models import read_output
-from inc_clusterq.origin import synthetic_images
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.synthesis.dataset import SyntheticDataset
 from inc_clusterq.synthesis.refine import random_samples
@@ -100,12 +99,9 @@ class ClusterQDataLoader:
         return ({0: torch.export.Dim("batch", min=1, max=MOST_PER_BATCH)},)
 
     def calibrate(self, model: nn.Module) -> None:
-        """Run every batch through `model` without gradients: the host's `run_fn`.
-
-        MRECG then knows that these images are synthetic.
-        """
+        """Run every batch through `model` without gradients: the host's `run_fn`."""
         anchor = next(chain(model.parameters(), model.buffers()), None)
-        with torch.no_grad(), synthetic_images():
+        with torch.no_grad():
             for inputs, _ in self:
                 model(inputs if anchor is None else inputs.to(anchor.device))
 

@@ -227,6 +227,8 @@ def test_units_are_counted_and_names_are_checked_before_anything_is_calibrated(n
     assert adaptor.count_units(exported, TuningRequest(8, 8, settings)) == 0
     assert adaptor.count_units(exported, TuningRequest(8, 8, settings, layers={"fc": LayerBits(4)})) == 1
     assert adaptor.count_units(exported, TuningRequest(7, 8, settings.model_copy(update={"weight_ceiling": 7}))) == 0
+    assert adaptor.count_units(exported, TuningRequest(4, 4, settings.model_copy(update={"weight_ceiling": 4}))) == 2
+    assert adaptor.count_units(exported, TuningRequest(4, 8, settings.model_copy(update={"weight_ceiling": 4}))) == 0
     with pytest.raises(ModelError, match=r"does not have: one\.conv1; did you mean one\.conv1\.0"):
         adaptor.count_units(exported, TuningRequest(4, 4, settings, layers={"one.conv1": LayerBits(8)}))
     explicit = ReconstructionSettings.model_validate({"granularity": "explicit", "explicit_units": [["one.conv1.0", "fcc"]]})

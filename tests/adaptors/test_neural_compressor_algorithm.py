@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,40 +10,17 @@ import torch
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import convert, prepare, quantize
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
 from inc_clusterq.errors import ModelError
-from inc_clusterq.origin import synthetic_images
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 QUICK = {"iterations": 4, "batch_size": 8}
 DYNAMIC = ({0: torch.export.Dim("batch", min=1, max=64)},)
-
-
-@pytest.mark.parametrize(
-    ("said", "bits", "mixtures"),
-    [((True, True), 4, True), ((True, True), 8, False), ((True, False), 4, False), ((False, False), 4, False)],
-)
-def test_large_images_are_mixed_below_8_bits_where_all_of_them_are_said_to_be_synthetic(
-    exported: nn.Module,
-    inputs: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-    said: tuple[bool, bool],
-    bits: int,
-    mixtures: bool,
-) -> None:
-    monkeypatch.setattr("inc_clusterq.inputs.LARGE", min(inputs.shape[2:]))  # pixels of the shorter side
-
-    def run(model: nn.Module) -> None:
-        for batch, synthetic in zip(inputs.chunk(2), said, strict=True):
-            with synthetic_images() if synthetic else nullcontext():
-                model(batch)
-
-    found: Any = quantize(exported, MRECGConfig(w_bits=4, act_bits=bits, iterations=2), run_fn=run)
-    assert found.reconstruction.mixtures is mixtures
 
 
 @torch.no_grad()
@@ -340,3 +317,33 @@ def test_units_fall_back_to_no_more_bits_than_weights_may_have(
     config = MRECGConfig(w_bits=8, act_bits=8, fallback_units=2, weight_ceiling=7, granularity="block", **QUICK)  # type: ignore[arg-type]
     model = quantize(exported, config, run_fn=run_fn)
     assert {unit.lowest_bits for unit in model.reconstruction.units} == {7}
+
+
+def test_activations_fall_back_where_weights_may_not(exported: nn.Module, run_fn: Callable[[nn.Module], None]) -> None:
+    config = MRECGConfig(w_bits=4, act_bits=4, fallback_units=2, weight_ceiling=4, granularity="block", **QUICK)  # type: ignore[arg-type]
+    model = quantize(exported, config, run_fn=run_fn)
+    assert [(unit.weight_bits, unit.activation_bits) for unit in model.reconstruction.units] == [(4, 8)] * 4
+
+
+class Projected(nn.Module):
+    """A residual block whose shortcut is a convolution, which nothing but the sum reads; its stride is one number in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut, self.last = nn.Parameter(torch.randn(8, 8, 1, 1)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        y = self.two(torch.relu(self.one(x)))
+        return self.last(torch.relu(y + functional.conv2d(x, self.shortcut, stride=[2])).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_a_block_with_a_convolution_in_its_shortcut_falls_back_as_a_whole(inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    config = MRECGConfig(w_bits=3, act_bits=3, fallback_units=1, granularity="block", **QUICK)  # type: ignore[arg-type]
+    model = quantize(
+        export(Projected().eval(), (inputs[:2],), dynamic_shapes=DYNAMIC), config, run_fn=lambda model: model(inputs)
+    )
+    assert {unit.lowest_bits for unit in model.reconstruction.units} == {8}

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from torch import fx
 
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits, assign_bits
-from inc_clusterq.reconstruction.graph import is_observer, partition
+from inc_clusterq.reconstruction.graph import extract, is_observer, partition
+from inc_clusterq.reconstruction.quantizers import install_quantizers, quantizers
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Prepared = Callable[[str], fx.GraphModule]
 Bits = tuple[dict[str, int], dict[str, int]]
@@ -111,3 +114,21 @@ def test_a_layer_that_stays_in_float_has_no_bits(prepared: Prepared) -> None:
 def test_bits_for_a_kind_that_the_model_does_not_have_are_told(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
     bits_of(prepared("chain"), BitPlan(4, 4, kinds={"depthwise": LayerBits(8), "dense": LayerBits(5)}))
     assert [record.message for record in caplog.records] == ["bits are given for depthwise layers, and the model has none"]
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "grouped", "squeeze_excite", "concat", "shuffle", "attentive", "pooled"])
+def test_everything_in_a_raised_unit_has_8_bits(prepared: Prepared, name: str) -> None:
+    """What a shortcut's convolution adds to the sum is read by nothing in the unit but the sum."""
+    low = BitPlan(2, 2, edge=2)
+    for unit in install_quantizers(prepared(name), low, ReconstructionSettings()).units:
+        raised = replace(low, raised=frozenset(layer.name for layer in unit.layers))
+        graph_module = install_quantizers(prepared(name), raised, ReconstructionSettings()).graph_module
+        assert {quantizer.bits for quantizer in quantizers(extract(graph_module, unit))} == {8}
+        assert 2 in {quantizer.bits for quantizer in quantizers(graph_module)}
+
+
+def test_a_raised_unit_has_8_bits_whatever_was_asked_for_its_layers(prepared: Prepared) -> None:
+    asked = {"a.0": LayerBits(3, 3), "b.0": LayerBits(3, 3)}
+    weights, inputs = bits_of(prepared("chain"), BitPlan(4, 4, layers=asked, raised=frozenset({"b.0"})))
+    assert (weights["a.0"], weights["b.0"], weights["c.0"]) == (3, 8, 4)
+    assert (inputs["a.0"], inputs["b.0"]) == (3, 8)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inc_clusterq.progress import SILENT, Progress, Stage
-from inc_clusterq.reconstruction.bits import BitPlan
+from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
@@ -166,7 +166,7 @@ def keys_of(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("change", ["seed", "settings", "mixtures", "bits", "images", "weight", "bias"])
+@pytest.mark.parametrize("change", ["seed", "settings", "images", "weight", "bias"])
 def test_what_changes_the_result_changes_every_key(quantized: Quantized, network: Network, quick: Quick, change: str) -> None:
     _, inputs = network("chain")
     graph = quantized("chain")
@@ -178,10 +178,6 @@ def test_what_changes_the_result_changes_every_key(quantized: Quantized, network
         seed = 1
     elif change == "settings":
         settings = quick(iterations=7)
-    elif change == "mixtures":
-        settings = quick(mixtures=True)
-    elif change == "bits":
-        graph = quantized("chain", plan=BitPlan(3, 4))
     elif change == "images":
         inputs = inputs + torch.eye(8) * 1e-6
     else:
@@ -191,6 +187,26 @@ def test_what_changes_the_result_changes_every_key(quantized: Quantized, network
     after = store.start(graph, inputs, settings, seed).next(graph.units[0])
     assert after.key != before.key
     assert after.key.isalnum()
+
+
+@pytest.mark.parametrize("bits", [LayerBits(weight=5), LayerBits(activation=5)])
+def test_units_in_front_of_the_first_with_other_bits_are_shared(
+    quantized: Quantized, network: Network, quick: Quick, tmp_path: Path, bits: LayerBits
+) -> None:
+    settings, inputs = quick(granularity="layer"), network("chain")[1]
+
+    def run(folder: Path | None, plan: BitPlan) -> tuple[list[bool], Tensor]:
+        graph = quantized("chain", settings, plan)
+        report = reconstruct(graph, inputs, settings, seed=0, store=UnitStore(folder))
+        with torch.no_grad():
+            return [unit.resumed for unit in report.units], graph.graph_module(inputs)
+
+    run(tmp_path, BitPlan(3, 3))
+    changed = BitPlan(3, 3, layers={"b.0": bits})
+    resumed, outputs = run(tmp_path, changed)
+    assert resumed == [True, True, False, False, False]
+    assert torch.equal(outputs, run(None, changed)[1])
+    assert all(run(tmp_path, BitPlan(3, 3))[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose units could be told from a CPU's")

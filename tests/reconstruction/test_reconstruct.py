@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from inc_clusterq.progress import Stage
-from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.graph import Layer, attribute
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -105,24 +103,6 @@ def test_the_second_order_start_is_better_than_rounding_to_nearest(run: Run, net
     _, nearest, _ = run(name, quick(iterations=0, start="nearest"))
     _, found, _ = run(name, quick(iterations=0))
     assert output_error(found, inputs) < output_error(nearest, inputs)
-
-
-def test_where_images_are_mixed_the_start_stays_nearer_to_the_float_weights(
-    quantized: Quantized, network: Network, quick: Quick
-) -> None:
-    def change(mixtures: bool | None) -> float:
-        settings = quick(iterations=0, granularity="layer", mixtures=mixtures)
-        graph = quantized("chain", settings, BitPlan(8, 3))  # hardly any change by rounding
-        weights = {layer.weight: attribute(graph.graph_module, layer.weight).detach().clone() for layer in layers(graph)}
-        reconstruct(graph, network("chain")[1], settings, seed=0, store=UnitStore())
-        deployed = {layer.weight: getattr(graph.graph_module, layer.quantizer or "").deployed() for layer in layers(graph)}
-        return sum(float((deployed[name] - weight).norm() / weight.norm()) for name, weight in weights.items())
-
-    def layers(graph: QuantizedGraph) -> list[Layer]:
-        return [layer for unit in graph.units for layer in unit.layers]
-
-    assert change(mixtures=True) < 0.8 * change(mixtures=False)
-    assert change(mixtures=None) == change(mixtures=False)
 
 
 def test_a_unit_that_learning_has_made_worse_goes_back_to_its_start(run: Run, quick: Quick) -> None:

@@ -15,7 +15,6 @@ import inc_clusterq.synthesis.loader as loader_module
 from inc_clusterq import ClusterQDataLoader
 from inc_clusterq.errors import ModelError
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.origin import are_synthetic
 from inc_clusterq.synthesis.dataset import SyntheticDataset
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.store import build_dataset
@@ -84,19 +83,6 @@ def test_a_cache_gives_the_same_set_to_the_next_loader(
     assert torch.equal(again(), loader.dataset.inputs)
     assert torch.equal(again(), loader.dataset.inputs)
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_while_calibrate_runs_images_are_known_to_be_synthetic(loader: ClusterQDataLoader) -> None:
-    known = []
-
-    class Observer(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            known.append(are_synthetic())
-            return x
-
-    loader.calibrate(Observer())
-    Observer()(next(iter(loader))[0])
-    assert known == [True, True, True, False]
 
 
 def test_calibrate_runs_every_batch_without_gradients(loader: ClusterQDataLoader) -> None:
