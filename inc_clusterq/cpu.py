@@ -17,6 +17,7 @@ SAFE_WEIGHT_BITS = 7
 X86 = {"x86_64", "AMD64", "i686"}
 VNNI = {"avx512_vnni", "avx_vnni"}
 AMX = {"amx_int8"}
+BLOCKS = {"avx512bw", "avx_vnni"}
 OTHERS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -60,6 +61,14 @@ def cpu(description: Path = Path("/proc/cpuinfo")) -> Cpu:
 def overflows(processor: Cpu) -> bool:
     """Whether its kernels lose large sums of 8-bit weights; False where the system does not tell its instructions."""
     return processor.machine in X86 and bool(processor.flags) and not (processor.vnni or processor.amx)
+
+
+def multiplies_blocks(processor: Cpu) -> bool:
+    """Whether oneDNN multiplies matrices of integers block by block, and does not leave that to its older routines.
+
+    These multiply the two scales by each other before the sum, and so round otherwise.
+    """
+    return processor.machine not in X86 or not processor.flags or bool(processor.flags & BLOCKS)
 
 
 def range_warning(processor: Cpu, weight_bits: Sequence[int]) -> str | None:

@@ -6,6 +6,7 @@ devices the class of one image in fifty changes with the size of the batch alone
 rounds is its epilogue, one float32 operation after another. Here sums are exact too, and the epilogue is that of oneDNN:
 
     v = (sum * x_scale) * w_scale + bias              each operation rounded; x counts from its zero point
+    v = sum * (x_scale * w_scale) + bias              of a linear operator, on processors without AVX-512 and AVX-VNNI
     v = fma(q - zero_point, scale, v)                 a residual of 8 bits that the kernel adds, rounded once
     v = v * clamp(v * float32(1 / 6) + 0.5, 0, 1)     hardswish; ReLU and clamps round nothing
     q = round(v * (1 / scale) + zero_point)           the inverse and the sum rounded, ties to even, then saturated
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.cpu import Cpu, cpu, multiplies_blocks
 from inc_clusterq.deployment.backend import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE
 from inc_clusterq.deployment.operators import KINDS, MOVES
 from inc_clusterq.deployment.shapes import record_shapes
@@ -47,23 +49,26 @@ Rule = Callable[[fx.Node, list[Any], dict[str, Any]], Tensor]  # node, values of
 
 
 class KernelArithmetic(nn.Module):
-    """A saved program, run node by node with exact sums and the kernels' roundings."""
+    """A saved program, run node by node with exact sums and the roundings of a processor's kernels."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, processor: Cpu) -> None:
         super().__init__()
         record_shapes(module)
         self.module = module
-        self._rules = _rules(module)
+        self._rules = _rules(module, processor)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = _Interpreter(self.module, self._rules).run(x)
         return result
 
 
-def kernel_arithmetic(module: nn.Module) -> nn.Module:
-    """`module` as int8 kernels compute it, where it is a program that quantizes; any other module as it is."""
+def kernel_arithmetic(module: nn.Module, processor: Cpu | None = None) -> nn.Module:
+    """`module` as int8 kernels compute it, where it is a program that quantizes; any other module as it is.
+
+    The kernels are those of `processor`, by default this machine's.
+    """
     if isinstance(module, fx.GraphModule) and any(node.target is QUANTIZE for node in module.graph.nodes):
-        return KernelArithmetic(module)
+        return KernelArithmetic(module, processor or cpu())
     return module
 
 
@@ -80,14 +85,15 @@ class _Interpreter(fx.Interpreter):
         return rule(n, list(values), options)
 
 
-def _rules(module: fx.GraphModule) -> dict[fx.Node, Rule]:
+def _rules(module: fx.GraphModule, processor: Cpu) -> dict[fx.Node, Rule]:
     """How those nodes are computed that a kernel computes otherwise than eager mode."""
     rules: dict[fx.Node, Rule] = {}
     for node in module.graph.nodes:
         if node.target in PRODUCTS:
             x, weight = _source(node.args[0]), _source(node.args[1])
             if x.target is DEQUANTIZE and weight.target is DEQUANTIZE_WEIGHT:
-                rules[node] = _Product(module, x, weight)
+                scales_first = node.target is aten.linear.default and not multiplies_blocks(processor)
+                rules[node] = _Product(module, x, weight, scales_first)
         elif node.target in MEANS and _is_global(node):
             rules[node] = _mean
         elif node.target in HARDSWISHES and isinstance(rules.get(node.args[0]), _Product) and len(node.args[0].users) == 1:
@@ -107,21 +113,24 @@ def _rules(module: fx.GraphModule) -> dict[fx.Node, Rule]:
 class _Product:
     """A convolution or linear operator of integers, with the epilogue's first part."""
 
-    def __init__(self, module: fx.GraphModule, x: fx.Node, weight: fx.Node) -> None:
+    def __init__(self, module: fx.GraphModule, x: fx.Node, weight: fx.Node, scales_first: bool) -> None:
         integers, scales = (_constant(module, argument) for argument in weight.args[:2])
         _, x_scale, zero_point, lowest, highest, _ = x.args
         farthest = max(abs(lowest - zero_point), abs(highest - zero_point))  # type: ignore[operator]
         most = farthest * int(integers.flatten(1).abs().sum(1, dtype=torch.int64).max())
         self.dtype = torch.float32 if most < EXACT_FLOAT32 else torch.float64
-        self.weight, self.x_scale, self.w_scales = integers.to(self.dtype), _single(x_scale), scales.float()
+        self.weight, self.x_scale, self.shape = integers.to(self.dtype), _single(x_scale), (-1, *[1] * (integers.dim() - 2))
+        w_scales = scales.float().view(self.shape)
+        self.factors = [self.x_scale * w_scales] if scales_first else [self.x_scale, w_scales]
 
     def __call__(self, node: fx.Node, values: list[Any], options: dict[str, Any]) -> Tensor:
         x, _, *more = values
         integers = torch.round(x / self.x_scale).to(self.dtype)
         exact = node.target(integers, self.weight, None, *more[1:], **options)  # type: ignore[operator]
-        shape = (-1,) if node.target is aten.linear.default else (-1, *[1] * (x.dim() - 2))
-        result: Tensor = exact.float() * self.x_scale * self.w_scales.view(shape)
-        return result if not more or more[0] is None else torch.add(result, more[0].view(shape))
+        result: Tensor = exact.float()
+        for factor in self.factors:
+            result = result * factor
+        return result if not more or more[0] is None else torch.add(result, more[0].view(self.shape))
 
 
 class _Residual:

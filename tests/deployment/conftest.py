@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._inductor import config as inductor_config
 
+from inc_clusterq.cpu import SAFE_WEIGHT_BITS, cpu, overflows
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.deployment.saved import HOST_CONFIG, PROGRAM, SavedModel, open_result
@@ -33,11 +34,13 @@ def fresh_compiler() -> Iterator[None]:
 def reconstructed(
     network: Callable[[str], tuple[nn.Module, Tensor]], prepare: Callable[[nn.Module, Tensor], fx.GraphModule]
 ) -> Callable[..., QuantizedGraph]:
-    """A reconstructed graph of a network, ready to be converted."""
+    """A reconstructed graph of a network, ready to be converted, with no wider weights than this machine computes."""
+    effort = {"iterations": 3, "batch_size": 8, "granularity": "block"}
+    ceiling = {"weight_ceiling": SAFE_WEIGHT_BITS} if overflows(cpu()) else {}
 
     def make(name: str, bits: int = 4, edge: int = 8, **keys: object) -> QuantizedGraph:
         module, inputs = network(name)
-        settings = ReconstructionSettings.model_validate({"iterations": 3, "batch_size": 8, "granularity": "block", **keys})
+        settings = ReconstructionSettings.model_validate({**effort, **ceiling, **keys})
         graph = install_quantizers(prepare(module, inputs), BitPlan(bits, bits, edge), settings)
         reconstruct(graph, inputs, settings, seed=0, store=UnitStore())
         return graph

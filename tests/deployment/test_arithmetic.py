@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.cpu import Cpu
 from inc_clusterq.deployment.arithmetic import KernelArithmetic, kernel_arithmetic
 from inc_clusterq.deployment.backend import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE
 from inc_clusterq.deployment.inductor import compile_frozen
@@ -16,6 +17,8 @@ from inc_clusterq.evaluation import predictions
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STRUCTURES = ["chain", "residual", "depthwise", "grouped", "concat", "shuffle", "in_place", "tied", "pooled", "padded"]
 STRUCTURES += ["worded", "signal", "averaged", "scaled", "beside"]
+BLOCKS = Cpu("with blocks", "x86_64", frozenset({"avx2", "avx512bw", "avx512_vnni"}))
+NO_BLOCKS = Cpu("without", "x86_64", frozenset({"avx2"}))
 SavedResult = Callable[..., SavedModel]
 aten = torch.ops.aten
 
@@ -43,7 +46,7 @@ def linear_program(
     return fx.GraphModule(root, graph)
 
 
-def test_a_product_has_exact_sums_and_rounds_after_each_factor() -> None:
+def test_a_product_has_exact_sums_and_rounds_after_each_factor_as_the_processor_does() -> None:
     generator = torch.Generator().manual_seed(0)
     integers = torch.randint(0, 256, (64, 4096), generator=generator)
     weight = torch.randint(-127, 128, (7, 4096), generator=generator, dtype=torch.int8)
@@ -52,9 +55,12 @@ def test_a_product_has_exact_sums_and_rounds_after_each_factor() -> None:
     inputs = (integers - 13).float() * 0.0173
 
     sums = (integers.numpy().astype(np.int64) - 13) @ weight.numpy().astype(np.int64).T  # far above 2**24 in size
-    expected = sums.astype(np.float32) * np.float32(0.0173) * scales.numpy() + bias.numpy()
+    one_by_one = sums.astype(np.float32) * np.float32(0.0173) * scales.numpy() + bias.numpy()
+    scales_first = sums.astype(np.float32) * (np.float32(0.0173) * scales.numpy()) + bias.numpy()
     assert np.abs(sums).max() < 2**24 < 255 * 127 * 4096  # exact in float32 themselves, their partial sums need not be
-    assert np.array_equal(kernel_arithmetic(program)(inputs).numpy(), expected)
+    assert np.array_equal(kernel_arithmetic(program, BLOCKS)(inputs).numpy(), one_by_one)
+    assert np.array_equal(kernel_arithmetic(program, NO_BLOCKS)(inputs).numpy(), scales_first)
+    assert not np.array_equal(one_by_one, scales_first)
 
 
 def test_a_kernel_adds_the_zero_point_before_it_rounds() -> None:
