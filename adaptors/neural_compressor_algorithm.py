@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor, fx, nn
 from inc_clusterq.adaptors.neural_compressor_config import ALGORITHM, MRECGConfig, refuse_foreign
 from inc_clusterq.adaptors.neural_compressor_save import save
 from inc_clusterq.canonical import canonicalise
+from inc_clusterq.cpu import cpu, range_warning
 from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.difference import largest_difference
@@ -209,6 +211,7 @@ def _reconstruct(
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
     quantized = _installed(prepared, plan, settings)
+    _warn(range_warning(cpu(), [part.bits for part in prepared.modules() if isinstance(part, WeightQuantizer)]))
     _assert_unchanged(prepared, calibration)
     device = _moved(prepared, calibration.example)
     store = UnitStore(Path(config.workspace) if config.workspace else None)
@@ -219,6 +222,13 @@ def _reconstruct(
     converted = convert(quantized)
     prepare_for_kernels(converted)
     return converted, reconstruction
+
+
+@cache
+def _warn(warning: str | None) -> None:
+    """Once, and not with every trial."""
+    if warning:
+        logger.warning("%s", warning)
 
 
 @torch.no_grad()

@@ -77,5 +77,5 @@ def range_warning(processor: Cpu, weight_bits: Sequence[int]) -> str | None:
         return None
     return (
         f"{processor.model} has neither VNNI nor AMX: its int8 kernels overflow on 8-bit weights, and this model has some. "
-        "Quantize again with quantization.reduce_range: true, which keeps weights to 7 bits"
+        "Quantize again with quantization.reduce_range: true (in Python weight_ceiling=7), which keeps weights to 7 bits"
     )

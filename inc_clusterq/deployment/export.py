@@ -16,13 +16,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from inc_clusterq.cpu import cpu, range_warning
 from inc_clusterq.deployment.arithmetic import kernel_arithmetic
-from inc_clusterq.deployment.inductor import Parity, check_parity
+from inc_clusterq.deployment.inductor import Compiled, Parity, check_parity
 from inc_clusterq.deployment.operators import Operator, require_int8, summary
+from inc_clusterq.deployment.packing import weight_bits
 from inc_clusterq.deployment.saved import SavedModel, open_result
 from inc_clusterq.deployment.targets import target
 from inc_clusterq.environment import environment, installed
-from inc_clusterq.errors import ResultError
+from inc_clusterq.errors import DeploymentError, ResultError
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.output import check_output, filled_whole
 from inc_clusterq.progress import SILENT, Progress
@@ -107,12 +109,21 @@ def export(
         if strict:
             require_int8(operators, to)
         stage.advance(1, "counted")
-        parity = check_parity(kernel_arithmetic(saved.module), chosen.load(folder), parity_inputs(saved))
+        parity = _checked(saved, chosen.load(folder))
         stage.advance(1, "checked")
         versions = environment(installed(*chosen.packages))
         exported = Exported(to, output, parity, operators, sizes, versions, chosen.hint)
         (folder / REPORT).write_text(json.dumps(exported.as_dict(), indent=2) + "\n", encoding="utf-8")
     return exported
+
+
+def _checked(saved: SavedModel, deployed: Compiled) -> Parity:
+    """As `check_parity`; where this processor's kernels overflow on the model's weights, the error says so."""
+    try:
+        return check_parity(kernel_arithmetic(saved.module), deployed, parity_inputs(saved))
+    except DeploymentError as error:
+        warning = range_warning(cpu(), list(weight_bits(saved.program).values()))
+        raise DeploymentError(f"{error}. {warning}" if warning else str(error)) from error
 
 
 def parity_inputs(saved: SavedModel, images: int = IMAGES) -> Tensor:

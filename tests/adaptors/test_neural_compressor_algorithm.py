@@ -12,8 +12,10 @@ from neural_compressor.torch.quantization import convert, prepare, quantize
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from inc_clusterq.adaptors import neural_compressor_algorithm as algorithm
 from inc_clusterq.adaptors.neural_compressor_algorithm import watched_by
 from inc_clusterq.adaptors.neural_compressor_config import MRECGConfig
+from inc_clusterq.cpu import Cpu
 from inc_clusterq.errors import ModelError
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.reconstruct import Reconstruction
@@ -66,6 +68,24 @@ def test_a_rewriting_that_changes_the_network_is_an_error(
     monkeypatch.setattr("inc_clusterq.adaptors.neural_compressor_algorithm.canonicalise", wrong)
     with pytest.raises(ModelError, match="differs from the float model"):
         quantize(exported, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("ceiling", "warnings"), [(8, 1), (7, 0)])
+def test_weights_that_this_processor_overflows_on_are_told_once(
+    exported: nn.Module,
+    inputs: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ceiling: int,
+    warnings: int,
+) -> None:
+    monkeypatch.setattr(algorithm, "cpu", lambda: Cpu(f"one of {ceiling}", "x86_64", frozenset({"avx2"})))
+    config = MRECGConfig(weight_ceiling=ceiling, **QUICK)  # type: ignore[arg-type]
+    other = copy.deepcopy(exported)
+    other._exported, other.dynamic_shapes = True, exported.dynamic_shapes  # type: ignore[assignment]
+    for model in (exported, other):
+        quantize(model, config, run_fn=lambda model: model(inputs))
+    assert caplog.text.count(f"one of {ceiling} has neither VNNI nor AMX") == warnings
 
 
 def test_run_args_reach_the_calibration(exported: nn.Module, inputs: Tensor) -> None:

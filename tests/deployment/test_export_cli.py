@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from inc_clusterq.cli import app
+from inc_clusterq.cpu import Cpu
 from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.deployment.targets import TARGETS
 
@@ -52,6 +53,21 @@ def test_an_export_reports_parity_and_every_operator_and_can_be_loaded(result: C
     again = call("export", folder, "--to", to)
     assert (again.exit_code, "--overwrite" in again.stderr) == (2, True)
     assert call("export", folder, "--to", to, "--overwrite", "--quiet").exit_code == 0
+
+
+@pytest.mark.parametrize(("flags", "explained"), [({"avx2"}, True), ({"avx2", "avx512_vnni"}, False)])
+def test_a_difference_is_explained_where_the_processor_overflows(
+    result: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, flags: set[str], explained: bool
+) -> None:
+    folder = result("residual")
+    monkeypatch.setattr("inc_clusterq.deployment.export.cpu", lambda: Cpu("the old one", "x86_64", frozenset(flags)))
+    monkeypatch.setattr("inc_clusterq.deployment.export.weight_bits", lambda program: {"stem": 8})
+    monkeypatch.setattr("inc_clusterq.deployment.export.kernel_arithmetic", lambda module: lambda x: module(x) + 1)
+    done = call("export", folder, "--to", "onnxruntime")
+    assert done.exit_code == 1, done.output
+    assert "must not be deployed" in done.stderr
+    assert ("the old one has neither VNNI nor AMX" in done.stderr) is explained
+    assert not (folder / "onnxruntime").exists()
 
 
 def test_strict_fails_and_writes_nothing_where_an_operator_is_in_float(result: Callable[[str], Path]) -> None:
