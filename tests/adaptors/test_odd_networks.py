@@ -434,7 +434,8 @@ def test_linear_operators_are_listed_as_what_they_became(images: Tensor) -> None
 @torch.no_grad()
 def test_limits_far_above_what_occurs_compile(images: Tensor) -> None:
     torch.manual_seed(0)
-    model = quantized(Limited(LIMITS["far above what occurs"]), images, w_bits=8, act_bits=8)
+    limited = Limited(LIMITS["far above what occurs"])
+    model = quantized(limited, images, w_bits=8, act_bits=8, weight_ceiling=7)  # which no processor's kernels overflow on
     assert error(compile_frozen(model, images[:1].clone())(images[:1]), model(images[:1])) < 1e-3
 
 
