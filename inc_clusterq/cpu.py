@@ -64,7 +64,7 @@ def overflows(processor: Cpu) -> bool:
 
 
 def multiplies_blocks(processor: Cpu) -> bool:
-    """Whether oneDNN multiplies matrices of integers block by block, and does not leave that to its older routines.
+    """Whether oneDNN multiplies integers block by block, and does not leave that to its older routines.
 
     These multiply the two scales by each other before the sum, and so round otherwise.
     """

@@ -6,7 +6,7 @@ devices the class of one image in fifty changes with the size of the batch alone
 rounds is its epilogue, one float32 operation after another. Here sums are exact too, and the epilogue is that of oneDNN:
 
     v = (sum * x_scale) * w_scale + bias              each operation rounded; x counts from its zero point
-    v = sum * (x_scale * w_scale) + bias              of a linear operator, on processors without AVX-512 and AVX-VNNI
+    v = sum * (x_scale * w_scale) + bias              on processors without AVX-512 and AVX-VNNI
     v = fma(q - zero_point, scale, v)                 a residual of 8 bits that the kernel adds, rounded once
     v = v * clamp(v * float32(1 / 6) + 0.5, 0, 1)     hardswish; ReLU and clamps round nothing
     q = round(v * (1 / scale) + zero_point)           the inverse and the sum rounded, ties to even, then saturated
@@ -92,8 +92,7 @@ def _rules(module: fx.GraphModule, processor: Cpu) -> dict[fx.Node, Rule]:
         if node.target in PRODUCTS:
             x, weight = _source(node.args[0]), _source(node.args[1])
             if x.target is DEQUANTIZE and weight.target is DEQUANTIZE_WEIGHT:
-                scales_first = node.target is aten.linear.default and not multiplies_blocks(processor)
-                rules[node] = _Product(module, x, weight, scales_first)
+                rules[node] = _Product(module, x, weight, scales_first=not multiplies_blocks(processor))
         elif node.target in MEANS and _is_global(node):
             rules[node] = _mean
         elif node.target in HARDSWISHES and isinstance(rules.get(node.args[0]), _Product) and len(node.args[0].users) == 1:
@@ -113,7 +112,7 @@ def _rules(module: fx.GraphModule, processor: Cpu) -> dict[fx.Node, Rule]:
 class _Product:
     """A convolution or linear operator of integers, with the epilogue's first part."""
 
-    def __init__(self, module: fx.GraphModule, x: fx.Node, weight: fx.Node, scales_first: bool) -> None:
+    def __init__(self, module: fx.GraphModule, x: fx.Node, weight: fx.Node, *, scales_first: bool) -> None:
         integers, scales = (_constant(module, argument) for argument in weight.args[:2])
         _, x_scale, zero_point, lowest, highest, _ = x.args
         farthest = max(abs(lowest - zero_point), abs(highest - zero_point))  # type: ignore[operator]

@@ -23,10 +23,15 @@ SavedResult = Callable[..., SavedModel]
 aten = torch.ops.aten
 
 
-def linear_program(
-    weight: Tensor, scales: Tensor, bias: Tensor, x: tuple[float, int], out: tuple[float, int] | None
+def product_program(
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    x: tuple[float, int],
+    out: tuple[float, int] | None,
+    operator: Callable[..., Tensor] = aten.linear.default,
 ) -> fx.GraphModule:
-    """quantize - dequantize - linear - [quantize - dequantize] with 8-bit activations."""
+    """quantize - dequantize - linear or convolution - [quantize - dequantize] with 8-bit activations."""
     root = nn.Module()
     for name, tensor in (("w", weight), ("s", scales), ("z", torch.zeros(len(scales), dtype=torch.int64)), ("b", bias)):
         root.register_buffer(name, tensor)
@@ -41,7 +46,7 @@ def linear_program(
     node = through(node, *x)
     w, s, z, b = (graph.get_attr(name) for name in "wszb")
     dequantized = graph.call_function(DEQUANTIZE_WEIGHT, (w, s, z, 0, -127, 127, torch.int8))
-    node = graph.call_function(aten.linear.default, (node, dequantized, b))
+    node = graph.call_function(operator, (node, dequantized, b))
     graph.output(through(node, *out) if out else node)
     return fx.GraphModule(root, graph)
 
@@ -51,7 +56,7 @@ def test_a_product_has_exact_sums_and_rounds_after_each_factor_as_the_processor_
     integers = torch.randint(0, 256, (64, 4096), generator=generator)
     weight = torch.randint(-127, 128, (7, 4096), generator=generator, dtype=torch.int8)
     scales, bias = torch.rand(7, generator=generator) * 0.01, torch.randn(7, generator=generator)
-    program = linear_program(weight, scales, bias, (0.0173, 13), None)
+    program = product_program(weight, scales, bias, (0.0173, 13), None)
     inputs = (integers - 13).float() * 0.0173
 
     sums = (integers.numpy().astype(np.int64) - 13) @ weight.numpy().astype(np.int64).T  # far above 2**24 in size
@@ -63,9 +68,22 @@ def test_a_product_has_exact_sums_and_rounds_after_each_factor_as_the_processor_
     assert not np.array_equal(one_by_one, scales_first)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_a_convolution_hands_on_in_float_is_that_of_this_processor_to_the_bit(size: int) -> None:
+    """Where nothing is quantized behind it, each rounding of another kind shows in about a quarter of the values."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-64, 64, (32, 32, size, size), generator=generator, dtype=torch.int8)
+    scales, bias = torch.rand(32, generator=generator) * 0.01, torch.randn(32, generator=generator)
+    program = product_program(weight, scales, bias, (0.0173, 13), None, aten.conv2d.default)
+    inputs = torch.rand(8, 32, 16, 16, generator=generator) * 4
+    compiled = compile_frozen(program, inputs)
+    with torch.no_grad():
+        assert torch.equal(compiled(inputs), kernel_arithmetic(program)(inputs))
+
+
 def test_a_kernel_adds_the_zero_point_before_it_rounds() -> None:
     """49,999,997e-8 rounds to 0, but 0.49999997 + 121 is 121.5 in float32, which rounds to the even 122."""
-    program = linear_program(
+    program = product_program(
         torch.tensor([[1]], dtype=torch.int8), torch.ones(1), torch.tensor([-0.50000003]), (1.0, 0), (1.0, 121)
     )
     inputs = torch.tensor([[1.0]])
