@@ -46,7 +46,8 @@ NETWORKS: dict[str, tuple[int, dict[str, object], int]] = {  # input size, argum
 def test_a_known_architecture_is_cut_reconstructed_and_converted(
     prepare: Callable[[nn.Module, Tensor], fx.GraphModule], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(second_order, "SHARES", (0.7,))  # a search takes minutes of wide layers, and tells nothing of structure
+    for name_of_effort, least in (("SHARES", (0.7,)), ("PASSES", 1)):  # more takes minutes of wide layers, and tells no more
+        monkeypatch.setattr(second_order, name_of_effort, least)
     size, keys, fewest = NETWORKS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
