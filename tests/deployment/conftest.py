@@ -60,10 +60,10 @@ def saved(
 ) -> SavedResult:
     """A network's result folder, as `quantize` leaves it but without its figures; made once for each set of bits."""
 
-    def make(name: str, bits: int = 4, edge: int = 8) -> SavedModel:
-        key = f"{name}-{bits}-{edge}"
+    def make(name: str, bits: int = 4, edge: int = 8, **keys: object) -> SavedModel:
+        key = "-".join(str(part) for part in (name, bits, edge, *keys.values()))
         if key not in _saved_once:
-            module = convert(reconstructed(name, bits, edge))
+            module = convert(reconstructed(name, bits, edge, **keys))
             prepare_for_kernels(module)
             folder = tmp_path_factory.mktemp(key)
             write_result(folder, module, network(name)[1][:2])
