@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from inc_clusterq.config import QuantizationConfig
-from inc_clusterq.cpu import Cpu, cpu, overflows, range_warning
+from inc_clusterq.cpu import Cpu, cpu, multiplies_blocks, overflows, range_warning
 from inc_clusterq.deployment import bench as module
 from inc_clusterq.deployment.bench import bench, compared, numbers
 from inc_clusterq.deployment.latency import ROUNDS, WARM_UP, milliseconds_in_turn
@@ -35,6 +35,12 @@ UNKNOWN = Cpu("unknown processor", "x86_64", frozenset())
 
 def test_only_an_x86_without_vnni_and_amx_overflows() -> None:
     assert [overflows(processor) for processor in (OLD, NEW, TILES, ARM, UNKNOWN)] == [True, False, False, False, False]
+
+
+def test_only_an_x86_without_avx_512_and_avx_vnni_leaves_products_to_older_routines() -> None:
+    blocks, vnni = (Cpu("new", "x86_64", frozenset({"avx2", flag})) for flag in ("avx512bw", "avx_vnni"))
+    zen3 = Cpu("zen 3", "x86_64", frozenset({"avx2"}))
+    assert [multiplies_blocks(processor) for processor in (zen3, blocks, vnni, ARM, UNKNOWN)] == [False, True, True, True, True]
 
 
 def test_the_warning_is_for_8_bit_weights_on_such_a_processor() -> None:
