@@ -58,10 +58,10 @@ def saved(
     tmp_path_factory: pytest.TempPathFactory,
     _saved_once: dict[str, SavedModel],
 ) -> SavedResult:
-    """A network's result folder, as `quantize` leaves it but without its figures; made once for each set of bits."""
+    """A network's result folder, as `quantize` leaves it but without its figures; made once for each set of bits and keys."""
 
     def make(name: str, bits: int = 4, edge: int = 8, **keys: object) -> SavedModel:
-        key = "-".join(str(part) for part in (name, bits, edge, *keys.values()))
+        key = "-".join([name, str(bits), str(edge), *(f"{setting}={value}" for setting, value in keys.items())])
         if key not in _saved_once:
             module = convert(reconstructed(name, bits, edge, **keys))
             prepare_for_kernels(module)
