@@ -35,6 +35,7 @@ from inc_clusterq.deployment.preparation import prepare_for_kernels
 from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.difference import largest_difference
 from inc_clusterq.errors import ModelError
+from inc_clusterq.placement import CPU, moved, within_gpu_memory
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
@@ -200,6 +201,7 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     return converted
 
 
+@within_gpu_memory()
 def _reconstruct(
     prepared: fx.GraphModule,
     inputs: Tensor,
@@ -213,12 +215,12 @@ def _reconstruct(
     quantized = _installed(prepared, plan, settings)
     _warn(range_warning(cpu(), [part.bits for part in prepared.modules() if isinstance(part, WeightQuantizer)]))
     _assert_unchanged(prepared, calibration)
-    device = _moved(prepared, calibration.example)
+    device = moved(prepared, calibration.example, "it is reconstructed")
     store = UnitStore(Path(config.workspace) if config.workspace else None)
     reconstruction = reconstruct(
         quantized, inputs.to(device), settings, seed=config.seed, store=store, progress=_progress.get()
     )
-    prepared.to("cpu")
+    prepared.to(CPU)
     converted = convert(quantized)
     prepare_for_kernels(converted)
     return converted, reconstruction
@@ -229,20 +231,6 @@ def _warn(warning: str | None) -> None:
     """Once, and not with every trial."""
     if warning:
         logger.warning("%s", warning)
-
-
-@torch.no_grad()
-def _moved(prepared: fx.GraphModule, example: Tensor) -> torch.device:
-    """Move a graph to where it is computed: to the GPU where there is one and it runs there."""
-    if torch.cuda.is_available():
-        try:
-            prepared.to("cuda")(example.to("cuda"))
-        except RuntimeError as error:  # such as a tensor that `forward` makes on the CPU, whatever its input is on
-            logger.warning("The model does not run on the GPU (%s); it is reconstructed on the CPU", error)
-        else:
-            return torch.device("cuda")
-    prepared.to("cpu")
-    return torch.device("cpu")
 
 
 def count_units(exported: nn.Module, config: MRECGConfig) -> int:

@@ -36,4 +36,5 @@ def environment(host: Mapping[str, str]) -> dict[str, str]:
         "instruction set": torch.backends.cpu.get_cpu_capability() + (" and AMX" if processor.amx else ""),
         "threads": str(torch.get_num_threads()),
         "processors": str(os.cpu_count()),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }

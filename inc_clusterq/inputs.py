@@ -75,6 +75,11 @@ class InputSpec:
         )
         return lowest, highest
 
+    def middle(self, samples: int, like: Tensor) -> Tensor:
+        """Inputs in the middle of the value range, (samples, *shape), on the device and of the dtype of `like`."""
+        low, high = self.bounds(like)
+        return ((low + high) / 2).expand(samples, *self.shape)
+
     def _per_channel(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         return torch.tensor(values, dtype=dtype, device=like.device).view(-1, *[1] * (len(self.shape) - 1))

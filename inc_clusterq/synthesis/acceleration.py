@@ -74,8 +74,7 @@ def compiled(teacher: Teacher, spec: InputSpec, samples: int) -> Iterator[Teache
 
 def _works(teacher: Teacher, spec: InputSpec, samples: int) -> bool:
     """Compile, and say whether that was possible; compilers fail in too many ways to list."""
-    low, high = spec.bounds(torch.zeros((), device=teacher.device))
-    probe = ((low + high) / 2).expand(samples, *spec.shape).requires_grad_()
+    probe = spec.middle(samples, torch.zeros((), device=teacher.device)).requires_grad_()
     try:
         seen = teacher.observe(probe.clone())  # like the images, which are not what is optimised, but made of it
         torch.stack([layer.variance.sum() for layer in seen.samples]).sum().backward()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from inc_clusterq.allocation import freed_memory_kept
 from inc_clusterq.determinism import repeatable
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.placement import copied_to_gpu, within_gpu_memory
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.acceleration import compiled, is_compiled, is_in_bfloat16
 from inc_clusterq.synthesis.augmentation import augment
@@ -61,9 +62,10 @@ def synthesise(
 ) -> tuple[Tensor, Tensor]:
     """Inputs (samples, *spec.shape), float32, normalised, inside the value range; and their labels (samples,), int64.
 
-    Both lie on the CPU; the work is done where `module` lies. Any stretch of the labels is balanced to within one or two
-    per class. `module` is in use meanwhile and comes back unchanged. `num_classes` is 0 for a model that does not return
-    class logits: the BatchNorm statistics alone are matched, and every label is -1.
+    Both lie on the CPU. The work is done on a copy of `module` on the GPU where there is one, else where `module` lies, which
+    is then in use meanwhile and comes back unchanged. Any stretch of the labels is balanced to within one or two per class.
+    `num_classes` is 0 for a model that does not return class logits: the BatchNorm statistics alone are matched, and every
+    label is -1.
     """
     draft = Draft()
     synthesise_into(draft, module, spec, settings, num_classes=num_classes, samples=samples, seed=seed, progress=progress)
@@ -71,6 +73,7 @@ def synthesise(
     return torch.cat(inputs), torch.cat(labels)
 
 
+@within_gpu_memory()
 @torch.inference_mode(mode=False)  # a lazy loader may be read first inside somebody's, or inside `no_grad`
 def synthesise_into(
     draft: Draft,
@@ -94,11 +97,12 @@ def synthesise_into(
     settings = settings.of_inputs(spec.shape)
     rng = torch.Generator().manual_seed(seed)
     labels = balanced_labels(torch.arange(max(num_classes, 1)), samples, rng)
+    network = copied_to_gpu(module, spec.middle(2, torch.zeros(())), "images are synthesised")
     with (
         torch.enable_grad(),
         repeatable(),
         freed_memory_kept(),
-        teach(module, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as taught,
+        teach(network, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as taught,
     ):
         teacher = replace(taught, bfloat16=is_in_bfloat16(settings, spec, taught))
         batches, steps = batch_count(samples, settings.refine_batch), settings.refine_iterations

@@ -23,10 +23,9 @@ def half_size(teacher: Teacher, spec: InputSpec) -> InputSpec | None:
         return None
     channels, *space = spec.shape
     half = replace(spec, shape=(channels, *(math.ceil(size / 2) for size in space)))
-    low, high = spec.bounds(torch.zeros((), device=teacher.device))
     try:
         with torch.no_grad():
-            seen = teacher.observe(((low + high) / 2).expand(2, *half.shape))
+            seen = teacher.observe(half.middle(2, torch.zeros((), device=teacher.device)))
     except Exception:  # users' networks refuse a size in words of their own
         return None
     return half if seen.logits is None or seen.logits.shape == (2, teacher.num_classes) else None

@@ -40,6 +40,25 @@ def test_prepare_and_convert_are_quantize_in_two_steps(
     assert torch.equal(in_two_steps(inputs), at_once(inputs))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to reconstruct on")
+def test_on_a_gpu_one_seed_names_one_result_that_is_near_the_cpus(
+    network: Network, inputs: Tensor, run_fn: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, config = network("residual")[0], MRECGConfig(w_bits=4, act_bits=4, iterations=60, end_to_end_iterations=20)
+
+    def outputs() -> Tensor:
+        with torch.no_grad():
+            given: Tensor = quantize(export(module, (inputs[:2],), dynamic_shapes=DYNAMIC), config, run_fn=run_fn)(inputs)
+        return given
+
+    once, again = outputs(), outputs()
+    monkeypatch.setattr("inc_clusterq.placement.gpu", lambda: None)
+    on_cpu, wanted = outputs(), module(inputs)
+    assert torch.equal(once, again)
+    assert once.device.type == "cpu"
+    assert (once - wanted).square().mean() < 2 * (on_cpu - wanted).square().mean()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name", ["transposed", "signal"]

@@ -227,3 +227,14 @@ def test_only_images_are_augmented() -> None:
         assert augment(x, "shift_flip", rng) is x
     image = torch.rand(4, 1, 16, 16, generator=rng)
     assert augment(image, "none", rng) is image
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to synthesise on")
+@pytest.mark.parametrize("keys", [{"start": "generator"}, {"start": "leaves"}, {"synthesizer": "latent"}])
+def test_on_a_gpu_one_seed_names_one_result_and_the_model_stays(
+    keys: dict[str, str], trained: nn.Sequential, spec: InputSpec, quick: ClusterQSettings
+) -> None:
+    settings = ClusterQSettings.model_validate({**quick.model_dump(), **keys})
+    runs = [synthesise(trained, spec, settings, num_classes=4, samples=9, seed=0)[0] for _ in range(2)]
+    assert torch.equal(runs[0], runs[1])
+    assert runs[0].device.type == trained[0].weight.device.type == "cpu"
