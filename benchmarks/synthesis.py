@@ -101,7 +101,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
 def _measured(
     net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console
 ) -> Iterator[dict[str, Any]]:
-    """The figures of a network as they grow, after every set."""
+    """The figures of a network as they grow, after every model."""
     exported = NeuralCompressorAdaptor().export(subject.model)
     real = 0 if subject.training is None else len(subject.training)
     sources = [source for source in options.compared if source != "real" or real >= options.images]
@@ -123,20 +123,21 @@ def _measured(
             lacking = [column for column in columns if len(top1[column]) == position]
             if lacking:
                 made = _images(source, subject, options, seed)
+                if len(entry["quality"]) == position:
+                    entry["quality"].append(_quality(subject, made))
+                    for cost in COSTS if made.seconds is not None else ():
+                        entry[cost].append(getattr(made, cost))
                 for column in lacking:
                     model = _quantized(column, exported, made.inputs, seed, options)
                     top1[column].append(common.top1(model, subject.test_inputs, subject.test_labels))
                     if unseen is not None:
                         entry["output_error"][column].append(common.output_error(model, subject.model.module, unseen))
-                if len(entry["quality"]) == position:
-                    entry["quality"].append(_quality(subject, made))
-                    for cost in COSTS if made.seconds is not None else ():
-                        entry[cost].append(getattr(made, cost))
+                    yield figures
                 last = {column: round(values[position], 2) for column, values in top1.items()}
                 errors = {column: round(values[position], 3) for column, values in entry["output_error"].items() if values}
                 spent = f"{made.seconds:.0f} s, {made.peak_mb:.0f} MB" if made.seconds is not None else "-"
                 console.print(f"  seed {seed} {source}: {last}; output error {errors}; synthesis {spent}", highlight=False)
-            yield figures
+    yield figures
 
 
 def _quantized(column: str, exported: torch.nn.Module, images: Tensor, seed: int, options: common.Options) -> torch.nn.Module:

@@ -1,0 +1,116 @@
+"""Join records of one benchmark that several processes made side by side: other seeds, networks, sources or methods each.
+
+All must be of this version, the same machine and the same settings; what two of them have both measured must be the same.
+
+    python benchmarks/join.py PART.json PART.json ... --json docs/figures/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from page import unfinished
+
+CONDITIONS = ("environment", "preset", "limit", "images")
+HEAD = ("command", "seeds", *CONDITIONS)
+LISTED = ("--nets", "--widths", "--sources", "--methods", "--presets")  # of which one record may have what another lacks
+
+
+def main() -> None:
+    """Read the parts, and write the whole."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", type=Path, help="records")
+    parser.add_argument("--json", type=Path, required=True, help="file for the whole")
+    given = parser.parse_args()
+    try:
+        whole = joined([json.loads(part.read_text(encoding="utf-8")) for part in given.parts], str(given.json))
+    except ValueError as error:
+        sys.exit(str(error))
+    given.json.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def joined(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """One record of all seeds, in order, as the call in its `command` would have written it to the file `name`.
+
+    Raises:
+        ValueError: the records do not belong together, or a seed lacks what another has.
+    """
+    first = records[0]
+    for condition in CONDITIONS:
+        for record in records:
+            if record.get(condition) != first.get(condition):
+                raise ValueError(f"{condition} is {first.get(condition)} in one record and {record.get(condition)} in another")
+    by_seed: dict[int, dict[str, Any]] = {}
+    for record in records:
+        for position, seed in enumerate(record["seeds"]):
+            by_seed[seed] = _merged(by_seed.get(seed, {}), _of_seed(record, position), f"seed {seed}")
+    seeds = sorted(by_seed)
+    head = {key: first[key] for key in CONDITIONS if key in first}
+    command = _command([record["command"] for record in records], seeds, name)
+    whole = {"command": command, **head, "seeds": seeds, **_stacked([by_seed[seed] for seed in seeds])}
+    if missing := unfinished(whole):
+        raise ValueError(f"not every seed has {missing[0]}")
+    return whole
+
+
+def _of_seed(record: dict[str, Any], position: int) -> dict[str, Any]:
+    """The figures of one seed, each a list of one."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(inner) for key, inner in value.items()}
+        return value[position : position + 1] if isinstance(value, list) else value
+
+    return {key: cut(value) for key, value in record.items() if key not in HEAD}
+
+
+def _merged(one: Any, other: Any, where: str) -> Any:
+    """What either has."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        both = {key: _merged(one[key], other[key], f"{where} / {key}") for key in one if key in other}
+        return {**one, **other, **both}
+    if one == other or other == []:
+        return one
+    if one == []:
+        return other
+    raise ValueError(f"{where} is {one} in one record and {other} in another")
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    """Lists of the seeds, one after the other; what is none is the same in all."""
+    first = trees[0]
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for tree in trees for key in tree)
+        return {key: _stacked([tree[key] for tree in trees if key in tree]) for key in keys}
+    if isinstance(first, list):
+        return [value for tree in trees for value in tree]
+    for tree in trees:
+        if tree != first:
+            raise ValueError(f"{first} in one record is {tree} in another")
+    return first
+
+
+def _command(commands: Sequence[str], seeds: Sequence[int], name: str) -> str:
+    words = shlex.split(commands[0])
+    values = {"--seeds": map(str, seeds), "--json": [name], **{flag: _all_listed(commands, flag) for flag in LISTED}}
+    for flag, listed in values.items():
+        if flag in words:
+            words[words.index(flag) + 1] = ",".join(dict.fromkeys(listed))
+    return shlex.join(words)
+
+
+def _all_listed(commands: Sequence[str], flag: str) -> Iterator[str]:
+    for command in commands:
+        words = shlex.split(command)
+        if flag in words:
+            yield from words[words.index(flag) + 1].split(",")
+
+
+if __name__ == "__main__":
+    main()
