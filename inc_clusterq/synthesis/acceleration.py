@@ -1,9 +1,9 @@
-"""The teacher's passes made faster: as compiled code, and in bfloat16.
+"""The teacher's passes made faster: with channels last in memory, as compiled code, and in bfloat16.
 
 Compiled, what stands between two convolutions is done in one pass over the memory; a small depthwise network at 224 pixels
 spends most of a step there. That costs as much as some dozens of steps, so it is for long runs on large images. What the
-compiler does not take is run as it stands, which is slower and no more. A processor with AMX multiplies tiles of bfloat16 much
-faster than float32; depthwise convolutions are no products of matrices, and gain nothing.
+compiler does not take is run as it stands, which is slower and no more. A processor with instructions for it multiplies
+bfloat16 much faster than float32; depthwise convolutions are no products of matrices, and gain nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from inc_clusterq.synthesis.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 WORTH_IT = 200  # steps; benchmarks/teacher.py tells what compiling costs, and what it saves
+BFLOAT16 = {"amx_bf16", "avx512_bf16"}  # instructions that multiply it
 
 
 def is_in_bfloat16(settings: ClusterQSettings, spec: InputSpec, teacher: Teacher) -> bool:
-    """Whether the teacher computes in bfloat16: as the settings say, or dense networks on large images where it has tiles."""
+    """Whether the teacher computes in bfloat16: as the settings say, or dense networks on large images where it is fast."""
     if settings.bfloat16 is not None:
         return settings.bfloat16
     grouped = any(getattr(part, "groups", 1) > 1 for part in teacher.module.modules())
     suits = is_large(spec.shape) and teacher.dtype == torch.float32 and not grouped
-    return suits and teacher.device.type == "cpu" and "amx_bf16" in cpu().flags
+    return suits and teacher.device.type == "cpu" and not BFLOAT16.isdisjoint(cpu().flags)
 
 
 def is_compiled(settings: ClusterQSettings, spec: InputSpec, batches: int, device: torch.device) -> bool:
@@ -45,6 +46,16 @@ def is_compiled(settings: ClusterQSettings, spec: InputSpec, batches: int, devic
         return settings.compile_teacher
     steps = batches * (settings.refine_iterations - settings.coarse_iterations)
     return device.type == "cpu" and is_large(spec.shape) and steps >= WORTH_IT
+
+
+def is_channels_last(spec: InputSpec, teacher: Teacher) -> bool:
+    """Whether images lie with channels last: on a CPU, where the network takes them so.
+
+    One that takes its maps apart by `view` does not.
+    """
+    if len(spec.shape) != 3 or teacher.device.type != "cpu":
+        return False
+    return _failure(replace(teacher, channels_last=True), spec, 2) is None
 
 
 @contextmanager
@@ -60,11 +71,16 @@ def compiled(teacher: Teacher, spec: InputSpec, samples: int) -> Iterator[Teache
         output, pairs = run(x)
         return output, tuple(Moments(mean, variance) for mean, variance in pairs)
 
-    faster = replace(teacher, passes=passes)
+    faster = replace(teacher, passes=passes, channels_last=False)  # the compiler has a mind of its own
     try:
-        if _works(faster, spec, samples):
+        failure = _failure(faster, spec, samples)
+        if failure is None:
             yield faster
         else:
+            reason = str(failure).strip().split("\n")[0]
+            logger.warning(
+                "the model can't be compiled (%s: %s) and is run as it stands, slower", type(failure).__name__, reason
+            )
             watched.close()
             yield teacher
     finally:
@@ -72,17 +88,15 @@ def compiled(teacher: Teacher, spec: InputSpec, samples: int) -> Iterator[Teache
         torch.compiler.reset()  # of one function it keeps 8 variants, so that the 9th would depend on what ran before
 
 
-def _works(teacher: Teacher, spec: InputSpec, samples: int) -> bool:
-    """Compile, and say whether that was possible; compilers fail in too many ways to list."""
+def _failure(teacher: Teacher, spec: InputSpec, samples: int) -> Exception | None:
+    """What goes wrong in a step of it, which compiles what is to be compiled; there are too many ways to list."""
     probe = spec.middle(samples, torch.zeros((), device=teacher.device)).requires_grad_()
     try:
         seen = teacher.observe(probe.clone())  # like the images, which are not what is optimised, but made of it
         torch.stack([layer.variance.sum() for layer in seen.samples]).sum().backward()
     except Exception as failure:
-        reason = str(failure).strip().split("\n")[0]
-        logger.warning("the model can't be compiled (%s: %s) and is run as it stands, slower", type(failure).__name__, reason)
-        return False
-    return True
+        return failure
+    return None
 
 
 class _Watched(nn.Module):

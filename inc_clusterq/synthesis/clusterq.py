@@ -31,7 +31,7 @@ from inc_clusterq.determinism import repeatable
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.placement import copied_to_gpu, within_gpu_memory
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
-from inc_clusterq.synthesis.acceleration import compiled, is_compiled, is_in_bfloat16
+from inc_clusterq.synthesis.acceleration import compiled, is_channels_last, is_compiled, is_in_bfloat16
 from inc_clusterq.synthesis.augmentation import augment
 from inc_clusterq.synthesis.batches import Batch, batch_count, make_batches
 from inc_clusterq.synthesis.centroids import Centroids, moved, unseen
@@ -105,6 +105,7 @@ def synthesise_into(
         teach(network, spec, num_classes=num_classes, first_aligned_layer=settings.first_aligned_layer) as taught,
     ):
         teacher = replace(taught, bfloat16=is_in_bfloat16(settings, spec, taught))
+        teacher = replace(teacher, channels_last=is_channels_last(spec, teacher))
         batches, steps = batch_count(samples, settings.refine_batch), settings.refine_iterations
         decided: dict[str, Any] = {"first_aligned_layer": teacher.first_aligned, "bfloat16": teacher.bfloat16}
         if settings.synthesizer == "latent":

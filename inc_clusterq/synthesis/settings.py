@@ -196,7 +196,7 @@ class ClusterQSettings(BaseModel):
     bfloat16: bool | None = Field(
         default=None,
         description="Compute convolutions and matrix products of the network in bfloat16, by autocast. Null: where the "
-        "processor has AMX tiles for that, for images of 96 pixels or more and networks without grouped convolutions, which "
+        "processor has instructions for that, for images of 96 pixels or more and networks without grouped convolutions, which "
         "gain nothing. By trial; see docs/synthesis.md.",
     )
 

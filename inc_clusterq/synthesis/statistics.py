@@ -104,7 +104,7 @@ def capture_inputs(layers: Sequence[nn.Module], reduce: Callable[[Tensor], T]) -
 
 
 class _SampleMoments(torch.autograd.Function):
-    """Mean and biased variance over the last axis.
+    """Mean and biased variance over an axis, which is not the first.
 
     `torch.var_mean` gives the same and costs two to six times as much as the rest of a small network's forward and
     backward on a CPU; this keeps to sums, products and one fused multiply-add in the backward:
@@ -112,23 +112,24 @@ class _SampleMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # x: (N, ..., S)
-        mean, variance = x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1])
+    def forward(ctx: Any, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        mean, variance = (x.new_empty(*x.shape[:axis], *x.shape[axis + 1 :]) for _ in range(2))
         with torch.autocast(x.device.type, enabled=False):  # which would take products in bfloat16
             for rows in row_blocks(x):
                 # Two passes: E[x^2] - m^2 would lose every digit where a channel's mean is large against its deviation.
-                torch.mean(x[rows], -1, out=mean[rows])
-                centred = x[rows] - mean[rows].unsqueeze(-1)
-                variance[rows] = torch.linalg.vecdot(centred, centred) / x.shape[-1]
+                torch.mean(x[rows], axis, out=mean[rows])
+                centred = x[rows] - mean[rows].unsqueeze(axis)
+                variance[rows] = torch.linalg.vecdot(centred, centred, dim=axis) / x.shape[axis]
         ctx.save_for_backward(x, mean)
+        ctx.axis = axis
         return mean, variance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, mean_grad: Tensor, variance_grad: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors
-        slope = variance_grad * (2 / x.shape[-1])
-        return torch.addcmul((mean_grad / x.shape[-1] - slope * mean).unsqueeze(-1), slope.unsqueeze(-1), x)
+    def backward(ctx: Any, mean_grad: Tensor, variance_grad: Tensor) -> tuple[Tensor, None]:
+        (x, mean), axis = ctx.saved_tensors, ctx.axis
+        slope = variance_grad * (2 / x.shape[axis])
+        return torch.addcmul((mean_grad / x.shape[axis] - slope * mean).unsqueeze(axis), slope.unsqueeze(axis), x), None
 
 
 def sample_moments(x: Tensor, samples: int) -> Moments:
@@ -142,14 +143,22 @@ def sample_moments(x: Tensor, samples: int) -> Moments:
             "class statistics, so this model cannot be synthesised from"
         )
     rows, channels = x.shape[0] // samples, x.shape[1]
-    flat = x.reshape(samples, rows, channels, math.prod(x.shape[2:])).transpose(1, 2).flatten(2)
+    if rows == 1 and _has_channels_last(x):
+        flat, axis = x.permute(0, 2, 3, 1).flatten(1, 2), 1
+    else:
+        flat, axis = x.reshape(samples, rows, channels, math.prod(x.shape[2:])).transpose(1, 2).flatten(2), 2
     if x.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()  # moments of 8 binary digits would not tell how far they are off
     if torch.compiler.is_compiling():  # which makes one pass of it
-        mean = flat.mean(-1)
-        return Moments(mean, (flat - mean.unsqueeze(-1)).square().mean(-1))
-    mean, variance = _SampleMoments.apply(flat)
+        mean = flat.mean(axis, keepdim=True)
+        return Moments(mean.squeeze(axis), (flat - mean).square().mean(axis))
+    mean, variance = _SampleMoments.apply(flat, axis)
     return Moments(mean, variance)
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side in memory, so that taking them apart would cost a copy."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def average(moments: Sequence[Moments]) -> Moments:

@@ -53,6 +53,7 @@ class Teacher:
     device: torch.device
     dtype: torch.dtype
     bfloat16: bool = False  # matrix products, where there is hardware for it
+    channels_last: bool = False  # in memory, of images and of what the network makes of them
     passes: Callable[[Tensor], tuple[Any, tuple[Moments, ...]]] | None = None  # in place of `_passes`
 
     @property
@@ -67,8 +68,11 @@ class Teacher:
 
     def observe(self, x: Tensor) -> Observation:
         """Run a batch of normalised inputs, shape (N, *input)."""
+        x = x.to(self.dtype)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            output, samples = (self.passes or self._passes)(x.to(self.dtype))
+            output, samples = (self.passes or self._passes)(x)
         return Observation(output.float() if self.classifies else None, samples)
 
     def _passes(self, x: Tensor) -> tuple[Any, tuple[Moments, ...]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inc_clusterq.cpu import Cpu
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.synthesis import acceleration
-from inc_clusterq.synthesis.acceleration import compiled, is_compiled, is_in_bfloat16
+from inc_clusterq.synthesis.acceleration import compiled, is_channels_last, is_compiled, is_in_bfloat16
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.teacher import Teacher, teach
@@ -113,12 +113,13 @@ def test_long_runs_on_large_images_are_compiled_unless_told_otherwise(
         ({}, {"amx_bf16"}, torch.float32, 95, 1, False),
         ({}, {"amx_bf16"}, torch.float32, 96, 2, False),
         ({}, {"amx_bf16"}, torch.float64, 96, 1, False),
-        ({}, {"avx512_bf16"}, torch.float32, 96, 1, False),
+        ({}, {"avx512_bf16"}, torch.float32, 96, 1, True),
+        ({}, {"avx512f"}, torch.float32, 96, 1, False),
         ({"bfloat16": True}, set(), torch.float32, 12, 2, True),
         ({"bfloat16": False}, {"amx_bf16"}, torch.float32, 96, 1, False),
     ],
 )
-def test_dense_networks_are_in_bfloat16_where_there_are_tiles_for_it_unless_told_otherwise(
+def test_dense_networks_are_in_bfloat16_where_there_are_instructions_for_it_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
     keys: dict[str, Any],
     flags: set[str],
@@ -132,6 +133,45 @@ def test_dense_networks_are_in_bfloat16_where_there_are_tiles_for_it_unless_told
     spec = InputSpec((2, size, size))
     with teach(net, spec, num_classes=4, first_aligned_layer=None) as teacher:
         assert is_in_bfloat16(ClusterQSettings.model_validate(keys), spec, teacher) is wanted
+
+
+def test_with_channels_last_the_teacher_says_what_it_said_and_its_maps_keep_them_there(net: nn.Module) -> None:
+    layouts = []
+    with teach(net, SPEC, num_classes=4, first_aligned_layer=None) as teacher:
+        assert is_channels_last(SPEC, teacher)
+        handle = teacher.layers[1].register_forward_pre_hook(
+            lambda _, given: layouts.append(given[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        torch.testing.assert_close(seen_by(replace(teacher, channels_last=True)), seen_by(teacher), rtol=1e-4, atol=1e-5)
+        handle.remove()
+    assert layouts == [True, True, False, False]  # of two calls each
+
+
+class Viewed(nn.Module):
+    """Takes maps apart as they lie in memory, as many classifiers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("flat", "dims", "bfloat16", "wanted"),
+    [
+        (nn.Flatten(), 2, False, True),
+        (Viewed(), 2, False, False),
+        (nn.Flatten(), 1, False, False),
+        (nn.Flatten(), 2, True, True),
+    ],
+)
+def test_channels_are_last_for_images_where_the_network_takes_them_so(
+    flat: nn.Module, dims: int, bfloat16: bool, wanted: bool
+) -> None:
+    conv, norm = (nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)) if dims == 1 else (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net, spec = nn.Sequential(conv, norm, flat, nn.Linear(4 * 6**dims, 2)).eval(), InputSpec((3, *[8] * dims))
+    with teach(net, spec, num_classes=2, first_aligned_layer=None) as teacher:
+        assert is_channels_last(spec, replace(teacher, bfloat16=bfloat16)) is wanted
+    settings = ClusterQSettings.model_validate({**BRIEF, "bfloat16": bfloat16})
+    assert synthesise(net, spec, settings, num_classes=2, samples=3, seed=0)[0].shape == (3, *spec.shape)
 
 
 def test_bfloat16_moves_moments_by_what_its_digits_allow_and_the_set_little(net: nn.Module) -> None:

@@ -64,13 +64,13 @@ def sizes(net: Sizes, share: float, start: str = "generator") -> list[tuple[int,
 def test_the_generator_and_a_share_of_the_refinement_run_at_half_the_size() -> None:
     seen = sizes(Sizes(), 0.7)
     assert set(seen) == {(97, 130), (49, 65)}
-    # opening the teacher at the full size, 3 last steps and the look at the finished batch
-    assert seen.count((97, 130)) == 1 + 3 + 1
+    # opening the teacher at the full size, and with channels last; 3 last steps and the look at the finished batch
+    assert seen.count((97, 130)) == 2 + 3 + 1
 
 
 def test_leaves_are_as_small_as_the_first_steps_and_train_no_generator() -> None:
     seen = sizes(Sizes(), 0.7, start="leaves")
-    assert seen.count((97, 130)) == 1 + 3 + 1
+    assert seen.count((97, 130)) == 2 + 3 + 1
     assert seen.count((49, 65)) == 1 + 7  # the question whether the model takes this size, and the steps
 
 

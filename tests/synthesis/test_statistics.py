@@ -35,6 +35,18 @@ def test_moments_of_a_batch_are_those_of_all_its_values_in_a_channel(shape: tupl
         torch.testing.assert_close(moments.variance[channel], values.var(correction=0))
 
 
+def test_moments_with_channels_last_are_those_of_the_same_values_and_so_is_their_gradient() -> None:
+    x = random(6, 3, 5, 4)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        values = x.clone(memory_format=layout).requires_grad_()
+        moments = sample_moments(values, 6)
+        (gradient,) = torch.autograd.grad((moments.mean * moments.variance.exp()).sum(), values)
+        found.append((moments.mean, moments.variance, gradient))
+    torch.testing.assert_close(found[0], found[1])
+    assert found[1][2].is_contiguous(memory_format=torch.channels_last)  # or layers before would change it back
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moments_of_a_class_equal_a_plain_loop_over_classes(shape: tuple[int, ...]) -> None:
     x = random(*shape)
