@@ -71,7 +71,7 @@ def compiled(teacher: Teacher, spec: InputSpec, samples: int) -> Iterator[Teache
         output, pairs = run(x)
         return output, tuple(Moments(mean, variance) for mean, variance in pairs)
 
-    faster = replace(teacher, passes=passes, channels_last=False)  # the compiler has a mind of its own
+    faster = replace(teacher, passes=passes, channels_last=False)  # the compiler lays memory out as it sees fit
     try:
         failure = _failure(faster, spec, samples)
         if failure is None:
