@@ -1,7 +1,8 @@
 """What a step of the synthesis costs in the network itself: plain, with channels last, in bfloat16, compiled.
 
 A step is the forward pass with the moments at every BatchNorm input, and the backward pass to the images. Weights and images
-are random, since the time depends on their sizes alone. The ways are timed in turn, round by round.
+are random, since the time depends on their sizes alone. The ways are timed in turn, round by round. What was compiled before
+this run is not used.
 
     python benchmarks/teacher.py --json docs/figures/teacher-NAME.json && python benchmarks/tables.py
 """
@@ -9,7 +10,9 @@ are random, since the time depends on their sizes alone. The ways are timed in t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,7 +51,8 @@ def main() -> None:
     console = Console(width=120)
     console.print(f"Steps of {given.images} images of {given.size} pixels, seed {given.seed}", highlight=False)
     common.print_environment(console)
-    with freed_memory_kept():  # as the synthesis does
+    with tempfile.TemporaryDirectory() as cache, freed_memory_kept():  # the latter as the synthesis does
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         measured = {net: _timed(net, given.images, given.size, given.steps, given.rounds, given.seed) for net in nets}
     rows = [
         [net, *[f"{statistics.median(ways[way]):.0f}" if way in ways else "-" for way in WAYS], f"{seconds:.0f}"]
