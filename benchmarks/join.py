@@ -1,6 +1,7 @@
 """Join records of one benchmark that several processes made side by side: other seeds, networks, sources or methods each.
 
-All must be of this version, the same machine and the same settings; what two of them have both measured must be the same.
+All must be of this version, the same machine and the same call but for these; what two of them have both measured must be the
+same.
 
     python benchmarks/join.py PART.json PART.json ... --json docs/figures/NAME.json
 """
@@ -17,9 +18,9 @@ from typing import Any
 
 from page import unfinished
 
-CONDITIONS = ("environment", "preset", "limit", "images")
-HEAD = ("command", "seeds", *CONDITIONS)
 LISTED = ("--nets", "--widths", "--sources", "--methods", "--presets")  # of which one record may have what another lacks
+OWN = (*LISTED, "--seeds", "--json")  # arguments in which calls of one record may differ
+CONDITIONS = ("environment", "preset", "limit", "images")  # which equal calls on one machine have in common
 
 
 def main() -> None:
@@ -29,8 +30,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file for the whole")
     given = parser.parse_args()
     try:
-        whole = joined([json.loads(part.read_text(encoding="utf-8")) for part in given.parts], str(given.json))
-    except ValueError as error:
+        whole = joined([_read(part) for part in given.parts], str(given.json))
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     given.json.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
@@ -42,10 +43,11 @@ def joined(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
         ValueError: the records do not belong together, or a seed lacks what another has.
     """
     first = records[0]
-    for condition in CONDITIONS:
-        for record in records:
-            if record.get(condition) != first.get(condition):
-                raise ValueError(f"{condition} is {first.get(condition)} in one record and {record.get(condition)} in another")
+    for record in records:
+        if "seeds" not in record:
+            raise ValueError(f"{record.get('command', 'one of the files')} is no call with seeds, and can't be joined")
+        _merged(first["environment"], record["environment"], "environment")
+        _merged(_call(first), _call(record), "call")
     by_seed: dict[int, dict[str, Any]] = {}
     for record in records:
         for position, seed in enumerate(record["seeds"]):
@@ -59,6 +61,14 @@ def joined(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     return whole
 
 
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no record: {error}") from error
+    return record
+
+
 def _of_seed(record: dict[str, Any], position: int) -> dict[str, Any]:
     """The figures of one seed, each a list of one."""
 
@@ -67,11 +77,15 @@ def _of_seed(record: dict[str, Any], position: int) -> dict[str, Any]:
             return {key: cut(inner) for key, inner in value.items()}
         return value[position : position + 1] if isinstance(value, list) else value
 
-    return {key: cut(value) for key, value in record.items() if key not in HEAD}
+    return {key: cut(value) for key, value in record.items() if key not in ("command", "seeds", *CONDITIONS)}
 
 
 def _merged(one: Any, other: Any, where: str) -> Any:
-    """What either has."""
+    """What either has.
+
+    Raises:
+        ValueError: they have different things in one place; `where` says where that is.
+    """
     if isinstance(one, dict) and isinstance(other, dict):
         both = {key: _merged(one[key], other[key], f"{where} / {key}") for key in one if key in other}
         return {**one, **other, **both}
@@ -94,6 +108,12 @@ def _stacked(trees: Sequence[Any]) -> Any:
         if tree != first:
             raise ValueError(f"{first} in one record is {tree} in another")
     return first
+
+
+def _call(record: dict[str, Any]) -> str:
+    """Script and arguments that all records must share."""
+    words = shlex.split(record["command"])
+    return shlex.join(word for word, before in zip(words, ["", *words], strict=False) if {word, before}.isdisjoint(OWN))
 
 
 def _command(commands: Sequence[str], seeds: Sequence[int], name: str) -> str:

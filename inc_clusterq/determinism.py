@@ -37,7 +37,7 @@ def _deterministic_kernels() -> Iterator[None]:
     mode, fills = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     try:
         torch.set_deterministic_debug_mode("warn")
-        deterministic.fill_uninitialized_memory = False  # which nothing here reads
+        deterministic.fill_uninitialized_memory = False  # a launch for every tensor, of what nothing here reads
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)

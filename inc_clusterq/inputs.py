@@ -75,9 +75,9 @@ class InputSpec:
         )
         return lowest, highest
 
-    def middle(self, samples: int, like: Tensor) -> Tensor:
-        """Inputs in the middle of the value range, (samples, *shape), on the device and of the dtype of `like`."""
-        low, high = self.bounds(like)
+    def middle(self, samples: int, device: torch.device | None = None) -> Tensor:
+        """Normalised inputs in the middle of the value range, (samples, *shape), float32."""
+        low, high = self.bounds(torch.zeros((), device=device))
         return ((low + high) / 2).expand(samples, *self.shape)
 
     def _per_channel(self, values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -65,3 +65,10 @@ def test_an_impossible_input_is_refused_with_the_value(arguments: dict[str, obje
 def test_a_range_without_zero_goes_with_no_mean() -> None:
     low, high = InputSpec((3, 4, 4), 20, 300, std=(10.0,)).bounds(torch.empty(0))
     assert (float(low), float(high)) == (2, 30)
+
+
+def test_the_middle_is_that_of_the_raw_values() -> None:
+    middle = InputSpec((2, 3, 1), 0.0, 255.0, (55.0, 127.5), (10.0,)).middle(4)
+    assert (middle.shape, middle.dtype) == ((4, 2, 3, 1), torch.float32)
+    assert middle[:, 0].unique().tolist() == [7.25]
+    assert middle[:, 1].unique().tolist() == [0]

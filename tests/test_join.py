@@ -54,7 +54,12 @@ def test_seeds_and_methods_of_several_records_are_one_record_in_order(root: Path
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (record("1", "QDrop", [2.0], environment={"python": "4"}), "environment is {'python': '3'} in one record"),
+        (record("1", "QDrop", [2.0], environment={"python": "4"}), "environment / python is 3 in one record and 4 in another"),
+        (
+            record("1", "QDrop", [2.0]) | {"command": "python benchmarks/b.py --nets n --seeds 1 --methods QDrop --synthetic"},
+            "call is python benchmarks/b.py in one record and python benchmarks/b.py --synthetic in another",
+        ),
+        ({"command": "python benchmarks/step.py"}, "python benchmarks/step.py is no call with seeds"),
         (record("0", "QDrop", [2.0]), "top1 is [1.0] in one record and [2.0] in another"),
         (record("1", "ours", [2.0]), "not every seed has nets / n / widths / W4A4 / QDrop / top1"),
         (record("1", "QDrop", [2.0], nets={"n": {"float": 90.0}}), "91.5 in one record is 90.0 in another"),

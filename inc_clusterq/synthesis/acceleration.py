@@ -90,7 +90,7 @@ def compiled(teacher: Teacher, spec: InputSpec, samples: int) -> Iterator[Teache
 
 def _failure(teacher: Teacher, spec: InputSpec, samples: int) -> Exception | None:
     """What goes wrong in a step of it, which compiles what is to be compiled; there are too many ways to list."""
-    probe = spec.middle(samples, torch.zeros((), device=teacher.device)).requires_grad_()
+    probe = spec.middle(samples, teacher.device).requires_grad_()
     try:
         seen = teacher.observe(probe.clone())  # like the images, which are not what is optimised, but made of it
         torch.stack([layer.variance.sum() for layer in seen.samples]).sum().backward()

@@ -97,7 +97,7 @@ def synthesise_into(
     settings = settings.of_inputs(spec.shape)
     rng = torch.Generator().manual_seed(seed)
     labels = balanced_labels(torch.arange(max(num_classes, 1)), samples, rng)
-    network = copied_to_gpu(module, spec.middle(2, torch.zeros(())), "images are synthesised")
+    network = copied_to_gpu(module, spec.middle(2), "images are synthesised")
     with (
         torch.enable_grad(),
         repeatable(),

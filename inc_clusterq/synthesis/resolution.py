@@ -25,7 +25,7 @@ def half_size(teacher: Teacher, spec: InputSpec) -> InputSpec | None:
     half = replace(spec, shape=(channels, *(math.ceil(size / 2) for size in space)))
     try:
         with torch.no_grad():
-            seen = teacher.observe(half.middle(2, torch.zeros((), device=teacher.device)))
+            seen = teacher.observe(half.middle(2, teacher.device))
     except Exception:  # users' networks refuse a size in words of their own
         return None
     return half if seen.logits is None or seen.logits.shape == (2, teacher.num_classes) else None

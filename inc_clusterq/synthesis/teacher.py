@@ -96,7 +96,7 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
             torch.enable_grad(),
             capture_inputs(layers, lambda seen: (seen.sum().requires_grad, seen.shape[1])) as called,
         ):
-            probe = spec.middle(2, torch.zeros((), device=anchor.device)).to(anchor.dtype).requires_grad_()
+            probe = spec.middle(2, anchor.device).to(anchor.dtype).requires_grad_()
             logits = module(probe * 1)  # no leaf, so that the model may write over it
         if num_classes and (not isinstance(logits, Tensor) or logits.shape != (2, num_classes)):
             found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
