@@ -13,19 +13,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from inc_clusterq.reconstruction.layout import shaped
+
 WORD = 64  # bits per random number
 CHUNK = 16  # bits per row of the table
 
 
 def draw_mask(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    """A mask of the shape, dtype and device of `like`; each element is 1 with `probability`, independently."""
+    """A mask of the shape, dtype, device and order of `like`; each element is 1 with `probability`, independently."""
     if probability != 0.5 or like.device.type != "cpu":
         chances = torch.rand(like.shape, generator=generator, device=like.device)
         return (chances < probability).to(like.dtype)
     words = -(-like.numel() // WORD)
     bits = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator)
     rows = bits.view(torch.int16).to(torch.int32) + 2 ** (CHUNK - 1)
-    return _table(like.dtype).index_select(0, rows).flatten()[: like.numel()].view(like.shape)
+    return shaped(_table(like.dtype).index_select(0, rows).flatten()[: like.numel()], like.shape, like)
 
 
 @cache

@@ -28,12 +28,12 @@ from inc_clusterq.difference import drawn_in
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.checkpoint import Chain
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode
+from inc_clusterq.reconstruction.from_outputs import with_gradients_from_outputs
 from inc_clusterq.reconstruction.learning import (
     CHECKS,
     copied,
     finite,
     harden,
-    images_per_step,
     loss_as_deployed,
     power,
     reconstruction_loss,
@@ -41,12 +41,14 @@ from inc_clusterq.reconstruction.learning import (
     taken,
 )
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
-from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
+from inc_clusterq.reconstruction.sums import inner, squared_error
 from inc_clusterq.resuming import SAVE_SECONDS, State, adam_state, below, restore_adam
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16  # images per step. By trial
+AT_ONCE = 2**25  # values that come to activation quantizers; a step keeps about seven of each, 1 GB in all
 DIVERGED = 2.0  # times the loss at the start; some growth is no harm, see above
 
 
@@ -67,7 +69,7 @@ def learn_end_to_end(
     parts = nn.ModuleList(simulated(module))
     start = copied(parts)
     with in_mode(module, Mode.STEPS), torch.enable_grad():
-        _descend(module, parts, inputs, settings, steps, chain, stage)
+        _descend(with_gradients_from_outputs(module), parts, inputs, settings, steps, chain, stage)
     after = float("nan")
     if finite(parts):
         harden(module, parts, learned=False)
@@ -98,7 +100,7 @@ def _descend(
         stage.skip(done, "from disk")
     saved = time.monotonic()
     look_every = max(1, steps // CHECKS)
-    together = images_per_step(inputs[0], settings)  # as many at once as in a unit of large maps: that bounds the memory
+    together = images_at_once(module, inputs)
     for step in range(done, steps):
         drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
         images = taken(inputs, drawn)
@@ -119,6 +121,14 @@ def _descend(
         if time.monotonic() - saved >= SAVE_SECONDS:
             chain.keep_state(_state(parts, optimiser, schedule, generator))
             saved = time.monotonic()
+
+
+@torch.no_grad()
+def images_at_once(module: fx.GraphModule, inputs: Tensor) -> int:
+    """How many images of a step go through the network together, so that its memory is bounded: few where maps are large."""
+    with in_mode(module, Mode.FLOAT), _hidden(module) as hidden:
+        module(inputs[:1])
+    return min(BATCH, max(FEWEST_IMAGES, AT_ONCE // max(1, sum(maps.numel() for maps in hidden))))
 
 
 def end_to_end_loss(module: fx.GraphModule, images: Tensor, features: float) -> Tensor:
@@ -151,8 +161,9 @@ def relative_error(found: Tensor, exact: Tensor) -> Tensor:
 
     So what is all but dead in the float network, and not in the quantized one, does not drown the rest.
     """
-    by = torch.maximum(exact.square().sum(), found.detach().square().sum() / 4)
-    return (found - exact).square().sum() / by if by else found.new_zeros(())
+    with torch.no_grad():
+        by = torch.maximum(inner(exact, exact), inner(found, found) / 4)
+    return squared_error(found, exact) / by if by else found.new_zeros(())
 
 
 def _state(parts: nn.ModuleList, optimiser: Adam, schedule: CosineAnnealingLR, generator: torch.Generator) -> State:

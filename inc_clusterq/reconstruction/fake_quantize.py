@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.ranges import EPSILON, activation_range, signed_levels, weight_scale
 from inc_clusterq.reconstruction.rounding import initial_v, soft_rounding
+from inc_clusterq.reconstruction.sums import inner
 
 SAMPLE_PER_CALL = 8192  # values kept of each observed tensor for the range search; extremes are kept exactly
 
@@ -35,15 +36,17 @@ class Mode(Enum):
 
 
 class _LearnedStep(torch.autograd.Function):
-    """Quantize-dequantize with the LSQ+ gradients of scale and zero point; dropped elements pass unchanged."""
+    """Quantize-dequantize with the LSQ+ gradients of scale and zero point (None: 0); dropped elements pass unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int, dropped: Tensor | None) -> Tensor:
-        levels = (x * (1.0 / scale)).round_().add_(zero_point)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, top: int, dropped: Tensor | None) -> Tensor:
+        levels = (x * (1.0 / scale)).round_()
+        if zero_point is not None:
+            levels.add_(zero_point)
         y = levels.clamp(0, top)
         # 1 where the gradient of x passes: inside the range or dropped. A float, since multiplying by booleans is slow.
         passes = torch.eq(levels, y, out=levels)
-        y = y.sub_(zero_point).mul_(scale)
+        y = (y if zero_point is None else y.sub_(zero_point)).mul_(scale)
         if dropped is not None:
             y = y.lerp_(x, dropped)
             passes = torch.maximum(passes, dropped, out=passes)
@@ -57,9 +60,9 @@ class _LearnedStep(torch.autograd.Function):
         # d ^x / d s = (^x - x) / s inside the range and ^x / s outside; d ^x / d z = 0 inside and -s outside.
         # A dropped element has ^x = x and counts as inside, so it adds nothing to either.
         grad_x = grad * passes
-        grad_scale = ((grad * y).sum() - (grad_x * x).sum()) / scale
-        grad_zero_point = -scale * (grad.sum() - grad_x.sum())
-        return grad_x, grad_scale.reshape(scale.shape), grad_zero_point.reshape(scale.shape), None, None
+        grad_scale = ((inner(grad, y) - inner(grad_x, x)) / scale).reshape(scale.shape)
+        grad_zero_point = -scale * (grad.sum() - grad_x.sum()) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_scale, grad_zero_point, None, None
 
 
 class ActivationQuantizer(nn.Module):
@@ -107,9 +110,10 @@ class ActivationQuantizer(nn.Module):
             levels = (x * (1.0 / scale)).round() + zero_point
             return (levels.clamp(0, self.top) - zero_point) * scale
         dropped = draw_mask(x, self.drop_probability, self.generator) if self.drop_probability else None
-        # straight-through rounding of the zero point
-        zero_point = zero_point + (zero_point.round().clamp(0, self.top) - zero_point).detach()
-        result: Tensor = _LearnedStep.apply(x, scale, zero_point, self.top, dropped)
+        # straight-through rounding of the zero point; one that is not learned is 0
+        straight = zero_point + (zero_point.round().clamp(0, self.top) - zero_point).detach()
+        learned = straight if self.zero_point_shift.requires_grad else None
+        result: Tensor = _LearnedStep.apply(x, scale, learned, self.top, dropped)
         return result
 
     def parameters_now(self) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,8 @@ def extract(graph_module: fx.GraphModule, unit: Unit, input_of: str | None = Non
             for argument in node.all_input_nodes:
                 copy(argument)
             copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+            if node.target is aten.view.default:  # which takes one order in memory alone
+                copies[node].target = aten.reshape.default
         return copies[node]
 
     if input_of is None:

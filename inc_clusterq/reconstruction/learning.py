@@ -20,9 +20,11 @@ from torch import Tensor, fx, nn
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
+from inc_clusterq.reconstruction.layout import rows
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser, soft_rounding
 from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
+from inc_clusterq.reconstruction.sums import squared_error
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +52,9 @@ class Flow:
 
 def reconstruction_loss(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """|| y - y' ||^2 summed over channels, mean over batch and space; shapes (N, C, ...)."""
-    error = (outputs - targets).square()
-    return (error if weights is None else error * weights).sum(1).mean()
+    if weights is not None:
+        return ((outputs - targets).square() * weights).sum(1).mean()
+    return squared_error(outputs, targets) / (outputs.numel() / outputs.shape[1])
 
 
 def power(targets: Tensor) -> Tensor:
@@ -233,6 +236,7 @@ def step_optimiser(learned: nn.ModuleList, scale_rate: float, bias_rate: float) 
         if isinstance(part, BiasCorrection):
             biases.append(part.c)
         elif isinstance(part, ActivationQuantizer):
+            part.zero_point_shift.requires_grad_(not part.one_sided)
             scales += [part.scale_shift] if part.one_sided else [part.scale_shift, part.zero_point_shift]
         elif isinstance(part, WeightQuantizer) and part.joint:
             scales.append(part.scale_shift)
@@ -259,7 +263,7 @@ def _weights(weights: Tensor | None, chosen: Tensor) -> Tensor | None:
 
 def taken(tensor: Tensor, chosen: Tensor) -> Tensor:
     """Images of a tensor that may be mapped, on the device of their numbers."""
-    return tensor[chosen.to(tensor.device)].to(chosen.device)
+    return rows(tensor, chosen.to(tensor.device)).to(chosen.device)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode,
 from inc_clusterq.reconstruction.fisher import fisher_weights
 from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Unit, extract, join
+from inc_clusterq.reconstruction.layout import laid_out
 from inc_clusterq.reconstruction.learning import (
     FORWARD_BATCH,
     Flow,
@@ -114,7 +115,7 @@ def reconstruct(
     if len(inputs) == 0:
         raise ValueError("reconstruction needs calibration images; none were given")
     views = count_views(inputs, settings)
-    inputs = with_views(inputs, views, torch.Generator().manual_seed(seed), mirror=settings.mirror)
+    inputs = laid_out(with_views(inputs, views, torch.Generator().manual_seed(seed), mirror=settings.mirror))
     initialise_activations(quantized, inputs, FORWARD_BATCH)
     start = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
     loop = _Loop(quantized, inputs, views, settings, seed, store, progress)

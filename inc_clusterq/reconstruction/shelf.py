@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inc_clusterq.errors import OutputError
+from inc_clusterq.reconstruction.layout import shaped
 
 AT_ONCE = 5  # tensors of all images that live at the same time: two inputs, two outputs and the loss weights of a unit
 
@@ -23,14 +24,14 @@ class Shelf:
     folder: Path | None = None  # of the files; None: the system's folder for temporary files
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A tensor of the dtype of `like`, and on its device unless it is mapped.
+        """A tensor of the dtype and order of `like`, which has the same axes, and on its device unless it is mapped.
 
         Raises:
             OutputError: there is no room for its file.
         """
         count = torch.Size(shape).numel()
         if count * like.element_size() <= self.budget / AT_ONCE:
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
+            return shaped(torch.empty(count, dtype=like.dtype, device=like.device), shape, like)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".mapped")
@@ -47,4 +48,4 @@ class Shelf:
         finally:
             os.close(handle)
             os.unlink(name)  # its place on the disk goes when the tensor does, even if the process is killed
-        return mapped.view(shape)
+        return shaped(mapped, shape, like)
