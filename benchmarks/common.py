@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from neural_compressor.torch.algorithms.pt2e_quant.core import W8A8PT2EQuantizer
+from neural_compressor.torch.export import export
+from neural_compressor.torch.quantization import INT8StaticQuantConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,6 +32,8 @@ from inc_clusterq.environment import environment
 from inc_clusterq.fingerprint import fingerprint
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.models import FloatModel, check_logits
+from inc_clusterq.reconstruction.bits import BitPlan
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, initialise_activations, install_quantizers
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.synthesis.clusterq import synthesise
 from inc_clusterq.synthesis.settings import ClusterQSettings
@@ -280,6 +285,17 @@ def one_trial(
     trials = [Trial(settings.granularity or "", settings)]
     adaptor = NeuralCompressorAdaptor()
     return adaptor.tune(exported, images.split(BATCH), trials, request, score=lambda model: 1.0, workspace=workspace)
+
+
+def quantized_graph(
+    module: nn.Module, images: Tensor, bits: int, settings: ReconstructionSettings, batch: int
+) -> QuantizedGraph:
+    """A module that is no network of the data folder with learnable quantizers, set from what it does with `images`."""
+    exported = export(module, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=len(images))},))
+    prepared = W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(exported)
+    quantized = install_quantizers(prepared, BitPlan(bits, bits), settings)
+    initialise_activations(quantized, images, batch)
+    return quantized
 
 
 def forget_peak() -> None:

@@ -18,18 +18,13 @@ from pathlib import Path
 
 import common
 import torch
-from neural_compressor.torch.algorithms.pt2e_quant.core import W8A8PT2EQuantizer
-from neural_compressor.torch.export import export
-from neural_compressor.torch.quantization import INT8StaticQuantConfig
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from inc_clusterq.progress import NO_STAGE
-from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.graph import extract
 from inc_clusterq.reconstruction.learning import Flow, optimise
-from inc_clusterq.reconstruction.quantizers import initialise_activations, install_quantizers
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 BITS = 4
@@ -122,7 +117,7 @@ def main() -> None:
         words = (
             f"python benchmarks/step.py --steps {given.steps} --rounds {given.rounds} --seed {given.seed} --json {given.json}"
         )
-        common.record(given.json, words, {"milliseconds": found})
+        common.record(given.json, words, {"of": "a unit", "milliseconds": found})
 
 
 def _milliseconds(run: Callable[[], None], steps: int) -> float:
@@ -161,10 +156,7 @@ def _ours(block: Block, images: Tensor, steps: int, seed: int, keys: dict[str, i
     settings = ReconstructionSettings.model_validate(
         {"iterations": steps, "validation_share": 0, "start": "nearest", "correct_bias": False, **keys}
     )
-    exported = export(block, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=IMAGES)},))
-    prepared = W8A8PT2EQuantizer(quant_config=INT8StaticQuantConfig()).prepare(exported)
-    quantized = install_quantizers(prepared, BitPlan(BITS, BITS), settings)
-    initialise_activations(quantized, images, IMAGES)
+    quantized = common.quantized_graph(block, images, BITS, settings, IMAGES)
     begin = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
     units = [extract(quantized.graph_module, unit) for unit in quantized.units]
     with torch.no_grad():

@@ -98,7 +98,7 @@ def _deployment(records: list[dict[str, Any]]) -> str:
 
 def _reconstruction() -> str:
     return "\n".join(
-        [*map(_methods, _records("reconstruction")), *map(_steps, _records("step")), *map(_memory, _records("memory"))]
+        [*map(_methods, _records("reconstruction")), *map(steps, _records("step")), *map(_memory, _records("memory"))]
     )
 
 
@@ -109,10 +109,11 @@ def _memory(record: dict[str, Any]) -> str:
     return "\n".join([f"## Memory of {record['net']}", "", *table(headings, rows), *made_by(record)])
 
 
-def _steps(record: dict[str, Any]) -> str:
+def steps(record: dict[str, Any]) -> str:
+    """The table of what steps cost."""
     names = next(iter(record["milliseconds"].values()))
     rows = [[output, *[f"{median(times):.1f}" for times in found.values()]] for output, found in record["milliseconds"].items()]
-    return "\n".join(["## Milliseconds of a step", "", *table(["output", *names], rows), *made_by(record)])
+    return "\n".join([f"## Milliseconds of a step of {record['of']}", "", *table(["", *names], rows), *made_by(record)])
 
 
 def _methods(record: dict[str, Any]) -> str:

@@ -240,6 +240,27 @@ def test_the_teacher_benchmark_times_every_way_and_its_record_becomes_a_table(
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_the_pass_end_to_end_times_every_way_and_its_record_becomes_a_table(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = tmp_path / "figures.json"
+    done = run(root, "whole_step.py", "--nets", "shufflenet_v2_x0_5", "--size", "64", "--rounds", "2", "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(figures.read_text())
+    found = record["milliseconds"]["shufflenet_v2_x0_5"]
+    assert [(way, len(times)) for way, times in found.items()] == [
+        (way, 2) for way in ("autograd", "channels last", "from outputs", "ours")
+    ]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    lines = importlib.import_module("tables").steps(record).splitlines()
+    assert lines[0] == "## Milliseconds of a step of the pass end to end"
+    assert len([line for line in lines if line.startswith("| shufflenet_v2_x0_5 | ")]) == 1
+    refused = run(root, "whole_step.py", "--nets", "shufflenet")
+    assert refused.returncode == 2
+    assert "torchvision has no network 'shufflenet'" in refused.stderr
+
+
+@pytest.mark.slow
 def test_the_memory_benchmark_measures_any_network_of_torchvision(root: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     options = ("--images", "16", "--size", "64", "--iterations", "1", "--budget", "0", "--json", str(figures))

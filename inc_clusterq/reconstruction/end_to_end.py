@@ -48,7 +48,7 @@ from inc_clusterq.resuming import SAVE_SECONDS, State, adam_state, below, restor
 logger = logging.getLogger(__name__)
 
 BATCH = 16  # images per step. By trial
-AT_ONCE = 2**25  # values that come to activation quantizers; a step keeps about seven of each, 1 GB in all
+AT_ONCE = 2**25  # values that come to activation quantizers; a step keeps about six for each, 0.8 GB in all
 DIVERGED = 2.0  # times the loss at the start; some growth is no harm, see above
 
 

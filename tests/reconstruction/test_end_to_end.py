@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from inc_clusterq.progress import SILENT, Progress, Stage
 from inc_clusterq.reconstruction import end_to_end
 from inc_clusterq.reconstruction.checkpoint import UnitStore
-from inc_clusterq.reconstruction.end_to_end import end_to_end_loss, relative_error
+from inc_clusterq.reconstruction.end_to_end import BATCH, end_to_end_loss, images_at_once, relative_error
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.learning import reconstruction_loss
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations, quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
-from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
 Quantized = Callable[..., QuantizedGraph]
@@ -270,3 +270,18 @@ def test_other_steps_of_it_need_no_unit_anew(run: Run, quick: Quick, tmp_path: P
     assert report.end_to_end is not None
     assert not report.end_to_end.resumed
     assert torch.equal(outputs, run("chain", quick(end_to_end_iterations=9))[2])
+
+
+def test_as_many_images_go_through_together_as_memory_allows(
+    network: Network, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, inputs = network("chain")
+    graph = quantized("chain")
+    initialise_activations(graph, inputs, 64)
+    (heard := Listener(graph.graph_module)).run(inputs[:1])
+    of_one = sum(maps.numel() for maps in heard.heard)
+    found = []
+    for values in (2**25, 11.5 * of_one, of_one):
+        monkeypatch.setattr(end_to_end, "AT_ONCE", int(values))
+        found.append(images_at_once(graph.graph_module, inputs))
+    assert found == [BATCH, 11, FEWEST_IMAGES]
