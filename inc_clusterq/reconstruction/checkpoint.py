@@ -34,7 +34,7 @@ from inc_clusterq.resuming import State
 logger = logging.getLogger(__name__)
 
 CHECKSUM, TORCH, SECONDS = "sha256", "torch", "seconds"  # keys in a file's metadata
-FORMAT = 8  # raised whenever the meaning of a file or the course of the optimisation changes
+FORMAT = 9  # raised whenever the meaning of a file or the course of the optimisation changes
 # These choose units, where their tensors are kept, or what comes after the last of them.
 NOT_THE_UNITS = {
     "granularity",
