@@ -42,6 +42,7 @@ from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.granularity import explicit_units
 from inc_clusterq.reconstruction.graph import extract, is_observer
+from inc_clusterq.reconstruction.layout import laid_out
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers, lowest_bits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -135,7 +136,7 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
         if images.shape[1:] != example.shape[1:]:
             found, wanted = tuple(images.shape[1:]), tuple(example.shape[1:])
             raise ModelError(f"calibration images have shape {found} each; the model was exported for {wanted}")
-        batches.append(images.detach().clone())  # a loader may fill the same tensor again
+        batches.append(laid_out(images.detach()).clone())  # a loader may fill the same tensor again
 
     hook = prepared.register_forward_pre_hook(keep, with_kwargs=True)
     prepared.meta[CALIBRATION] = _Calibration(example, reference, batches, hook, dynamic_shapes)

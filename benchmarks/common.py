@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,6 +297,13 @@ def quantized_graph(
     quantized = install_quantizers(prepared, BitPlan(bits, bits), settings)
     initialise_activations(quantized, images, batch)
     return quantized
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - began)
 
 
 def forget_peak() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch.nn.functional import conv2d
 
 from inc_clusterq.progress import NO_STAGE
 from inc_clusterq.reconstruction.graph import extract
+from inc_clusterq.reconstruction.layout import laid_out
 from inc_clusterq.reconstruction.learning import Flow, optimise
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
@@ -109,7 +109,7 @@ def main() -> None:
         }
         for run in timed.values():
             run()  # the first costs more
-        rounds = [{name: _milliseconds(run, given.steps) for name, run in timed.items()} for _ in range(given.rounds)]
+        rounds = [{name: common.milliseconds(run) / given.steps for name, run in timed.items()} for _ in range(given.rounds)]
         found[f"{channels} x {size} x {size}"] = {name: [one[name] for one in rounds] for name in timed}
     rows = [[output, *[f"{statistics.median(times):.2f}" for times in by_name.values()]] for output, by_name in found.items()]
     common.print_table("Milliseconds per step", ("output", *timed), rows, console)
@@ -118,12 +118,6 @@ def main() -> None:
             f"python benchmarks/step.py --steps {given.steps} --rounds {given.rounds} --seed {given.seed} --json {given.json}"
         )
         common.record(given.json, words, {"of": "a unit", "milliseconds": found})
-
-
-def _milliseconds(run: Callable[[], None], steps: int) -> float:
-    began = time.perf_counter()
-    run()
-    return 1000 * (time.perf_counter() - began) / steps
 
 
 def _plain(block: Block, images: Tensor, steps: int) -> Callable[[], None]:
@@ -160,7 +154,7 @@ def _ours(block: Block, images: Tensor, steps: int, seed: int, keys: dict[str, i
     begin = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
     units = [extract(quantized.graph_module, unit) for unit in quantized.units]
     with torch.no_grad():
-        inputs = units[0](images)
+        inputs = units[0](laid_out(images))
         targets = units[1](inputs)
     everything = torch.arange(IMAGES)
     flow = Flow(inputs, inputs.clone(), targets, None, everything, everything)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,15 +32,15 @@ from inc_clusterq.reconstruction.quantizers import set_mode
 from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
 
 BITS = 4
+NETS = "resnet18,mobilenet_v2,mnasnet0_5,shufflenet_v2_x0_5"
 
 
 def main() -> None:
     """Time every network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", default="resnet18,mobilenet_v2", help="of torchvision (default resnet18,mobilenet_v2)")
+    parser.add_argument("--nets", default=NETS, help=f"of torchvision (default {NETS})")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side (default 224)")
-    parser.add_argument("--steps", type=int, default=1, help="per round (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="of one step, of which the median is taken (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--json", type=Path, help="file for the figures")
     given = parser.parse_args()
@@ -49,9 +48,7 @@ def main() -> None:
     if unknown := set(nets) - set(torchvision.models.list_models()):
         parser.error(f"torchvision has no network {unknown.pop()!r}")
     console = Console(width=120)
-    title = (
-        f"Steps of {BATCH} images of {given.size} pixels, seed {given.seed}, median of {given.rounds} rounds of {given.steps}"
-    )
+    title = f"Steps of {BATCH} images of {given.size} pixels, seed {given.seed}, median of {given.rounds}"
     console.print(title, highlight=False)
     common.print_environment(console)
     found: dict[str, dict[str, list[float]]] = {}
@@ -59,12 +56,12 @@ def main() -> None:
         ways = _ways(net, given.size, given.seed)
         for run in ways.values():
             run()  # the first costs more
-        rounds = [{way: _milliseconds(run, given.steps) for way, run in ways.items()} for _ in range(given.rounds)]
+        rounds = [{way: common.milliseconds(run) for way, run in ways.items()} for _ in range(given.rounds)]
         found[net] = {way: [one[way] for one in rounds] for way in ways}
     rows = [[net, *[f"{statistics.median(times):.0f}" for times in by_way.values()]] for net, by_way in found.items()]
     common.print_table("Milliseconds per step", ("network", *next(iter(found.values()))), rows, console)
     if given.json:
-        options = f"--size {given.size} --steps {given.steps} --rounds {given.rounds} --seed {given.seed}"
+        options = f"--size {given.size} --rounds {given.rounds} --seed {given.seed}"
         words = f"python benchmarks/whole_step.py --nets {given.nets} {options} --json {given.json}"
         common.record(given.json, words, {"of": "the pass end to end", "size": given.size, "milliseconds": found})
 
@@ -92,15 +89,8 @@ def _ways(net: str, size: int, seed: int) -> dict[str, Callable[[], None]]:
         "autograd": step(plain, images, FEWEST_IMAGES),
         "channels last": step(plain, last, FEWEST_IMAGES),
         "from outputs": step(ours, last, FEWEST_IMAGES),
-        "ours": step(ours, last, images_at_once(ours, last)),
+        "ours": step(ours, last, images_at_once(ours, last, settings)),
     }
-
-
-def _milliseconds(run: Callable[[], None], steps: int) -> float:
-    began = time.perf_counter()
-    for _ in range(steps):
-        run()
-    return 1000 * (time.perf_counter() - began) / steps
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ CHUNK = 16  # bits per row of the table
 def draw_mask(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """A mask of the shape, dtype, device and order of `like`; each element is 1 with `probability`, independently."""
     if probability != 0.5 or like.device.type != "cpu":
-        chances = torch.rand(like.shape, generator=generator, device=like.device)
-        return (chances < probability).to(like.dtype)
+        chances = torch.rand(like.numel(), generator=generator, device=like.device)
+        return shaped((chances < probability).to(like.dtype), like.shape, like)
     words = -(-like.numel() // WORD)
     bits = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator)
     rows = bits.view(torch.int16).to(torch.int32) + 2 ** (CHUNK - 1)

@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,7 +49,7 @@ from inc_clusterq.resuming import SAVE_SECONDS, State, adam_state, below, restor
 logger = logging.getLogger(__name__)
 
 BATCH = 16  # images per step. By trial
-AT_ONCE = 2**25  # values that come to activation quantizers; a step keeps about six for each, 0.8 GB in all
+VALUES_AT_ONCE = 2**25  # that come to activation quantizers; a step keeps about six for each, 0.8 GB in all
 DIVERGED = 2.0  # times the loss at the start; some growth is no harm, see above
 
 
@@ -100,7 +101,7 @@ def _descend(
         stage.skip(done, "from disk")
     saved = time.monotonic()
     look_every = max(1, steps // CHECKS)
-    together = images_at_once(module, inputs)
+    together = images_at_once(module, inputs, settings)
     for step in range(done, steps):
         drawn = torch.randint(len(inputs), (BATCH,), generator=generator, device=generator.device)
         images = taken(inputs, drawn)
@@ -124,11 +125,15 @@ def _descend(
 
 
 @torch.no_grad()
-def images_at_once(module: fx.GraphModule, inputs: Tensor) -> int:
-    """How many images of a step go through the network together, so that its memory is bounded: few where maps are large."""
+def images_at_once(module: fx.GraphModule, inputs: Tensor, settings: ReconstructionSettings) -> int:
+    """How many images of a step go through the network together: few where maps are large, which bounds the memory.
+
+    `batch_size` at most, and in groups of one size as far as possible.
+    """
     with in_mode(module, Mode.FLOAT), _hidden(module) as hidden:
         module(inputs[:1])
-    return min(BATCH, max(FEWEST_IMAGES, AT_ONCE // max(1, sum(maps.numel() for maps in hidden))))
+    allowed = max(FEWEST_IMAGES, VALUES_AT_ONCE // max(1, sum(maps.numel() for maps in hidden)))
+    return ceil(BATCH / ceil(BATCH / min(BATCH, settings.batch_size, allowed)))
 
 
 def end_to_end_loss(module: fx.GraphModule, images: Tensor, features: float) -> Tensor:

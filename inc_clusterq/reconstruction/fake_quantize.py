@@ -110,10 +110,12 @@ class ActivationQuantizer(nn.Module):
             levels = (x * (1.0 / scale)).round() + zero_point
             return (levels.clamp(0, self.top) - zero_point) * scale
         dropped = draw_mask(x, self.drop_probability, self.generator) if self.drop_probability else None
-        # straight-through rounding of the zero point; one that is not learned is 0
-        straight = zero_point + (zero_point.round().clamp(0, self.top) - zero_point).detach()
-        learned = straight if self.zero_point_shift.requires_grad else None
-        result: Tensor = _LearnedStep.apply(x, scale, learned, self.top, dropped)
+        if x.device.type == "cpu" and self.one_sided:  # a GPU would have to be waited for to know
+            result: Tensor = _LearnedStep.apply(x, scale, None, self.top, dropped)
+            return result
+        # straight-through rounding of the zero point
+        zero_point = zero_point + (zero_point.round().clamp(0, self.top) - zero_point).detach()
+        result = _LearnedStep.apply(x, scale, zero_point, self.top, dropped)
         return result
 
     def parameters_now(self) -> tuple[Tensor, Tensor]:

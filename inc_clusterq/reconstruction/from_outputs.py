@@ -64,10 +64,16 @@ class _PassedOn(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         y, bias = ctx.saved_tensors
-        others = [axis for axis in range(grad.dim()) if axis != grad.dim() + ctx.axis]
-        of_bias = grad.sum(others) if bias is not None else None
+        of_bias = _by_channel(grad, ctx.axis) if bias is not None else None
         of_shift = None
         if y is not None:
-            of_shift = (grad * y).sum(others)
-            of_shift = (of_shift if bias is None else of_shift - bias * of_bias).reshape(ctx.shape)
+            # Taken off before it is summed up: of a channel without input exactly nothing is left.
+            product = grad * (y if bias is None else y - bias.reshape(-1, *[1] * (-1 - ctx.axis)))
+            of_shift = _by_channel(product, ctx.axis).reshape(ctx.shape)
         return grad, of_bias, of_shift, None
+
+
+def _by_channel(x: Tensor, axis: int) -> Tensor:
+    """Sums over all other axes."""
+    others = [other for other in range(x.dim()) if other != x.dim() + axis]
+    return x.sum(others) if others else x

@@ -61,6 +61,7 @@ ACTIVATIONS = {
     aten.dropout.default,
     aten.dropout_.default,
 }
+ORDERED = {aten.view.default, aten.view_as.default, aten.as_strided.default}  # they ask how their input lies in memory
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def partition(graph_module: fx.GraphModule) -> list[Unit]:
 def extract(graph_module: fx.GraphModule, unit: Unit, input_of: str | None = None) -> fx.GraphModule:
     """The unit as a module of its own; parameters and quantizers are shared with `graph_module`.
 
-    With the node of one of its layers as `input_of` only what leads to that layer's input, which is then the output.
+    It takes inputs that lie in memory in any order. With the node of one of its layers as `input_of` only what leads to that
+    layer's input, which is then the output.
     """
     source = {node.name: node for node in graph_module.graph.nodes}
     graph = fx.Graph()
@@ -160,9 +162,10 @@ def extract(graph_module: fx.GraphModule, unit: Unit, input_of: str | None = Non
         if node not in copies:
             for argument in node.all_input_nodes:
                 copy(argument)
-            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
-            if node.target is aten.view.default:  # which takes one order in memory alone
-                copies[node].target = aten.reshape.default
+            copies[node] = made = graph.node_copy(node, lambda argument: copies[argument])
+            if node.target in ORDERED:
+                with graph.inserting_before(made):
+                    made.update_arg(0, graph.call_function(aten.contiguous.default, (made.args[0],)))
         return copies[node]
 
     if input_of is None:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.layout import rows
+from inc_clusterq.reconstruction.layout import images_of
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser, soft_rounding
 from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
@@ -236,7 +236,6 @@ def step_optimiser(learned: nn.ModuleList, scale_rate: float, bias_rate: float) 
         if isinstance(part, BiasCorrection):
             biases.append(part.c)
         elif isinstance(part, ActivationQuantizer):
-            part.zero_point_shift.requires_grad_(not part.one_sided)
             scales += [part.scale_shift] if part.one_sided else [part.scale_shift, part.zero_point_shift]
         elif isinstance(part, WeightQuantizer) and part.joint:
             scales.append(part.scale_shift)
@@ -263,7 +262,7 @@ def _weights(weights: Tensor | None, chosen: Tensor) -> Tensor | None:
 
 def taken(tensor: Tensor, chosen: Tensor) -> Tensor:
     """Images of a tensor that may be mapped, on the device of their numbers."""
-    return rows(tensor, chosen.to(tensor.device)).to(chosen.device)
+    return images_of(tensor, chosen.to(tensor.device)).to(chosen.device)
 
 
 @contextmanager

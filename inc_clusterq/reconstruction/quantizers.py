@@ -170,7 +170,7 @@ def initialise_activations(
     """Set every activation's scale and zero point from what the float network does with `inputs`."""
     with in_mode(quantized.graph_module, Mode.OBSERVE):
         for batch in inputs.split(batch_size):
-            quantized.graph_module(batch.contiguous())
+            quantized.graph_module(batch.contiguous())  # the host's graph may ask how its maps lie, by `view`
     for quantizer in quantizers(quantized.graph_module):
         if isinstance(quantizer, ActivationQuantizer):
             quantizer.initialise()

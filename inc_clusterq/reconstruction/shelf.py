@@ -24,7 +24,7 @@ class Shelf:
     folder: Path | None = None  # of the files; None: the system's folder for temporary files
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A tensor of the dtype and order of `like`, which has the same axes, and on its device unless it is mapped.
+        """A tensor of the dtype of `like`, in the same order in memory, and on its device unless it is mapped.
 
         Raises:
             OutputError: there is no room for its file.

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from inc_clusterq.reconstruction.layout import has_channels_last, in_order
 
-AT_ONCE = 2**18  # products that are summed in single precision; more would cost digits
+PRODUCTS = 2**18  # in one running sum; more would cost digits
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """The sum of a * b over all elements; shapes are the same."""
     if a.device.type != "cpu" or has_channels_last(a) != has_channels_last(b):
         return (a * b).sum()
-    pairs = zip(in_order(a).split(AT_ONCE), in_order(b).split(AT_ONCE), strict=True)
+    pairs = zip(in_order(a).split(PRODUCTS), in_order(b).split(PRODUCTS), strict=True)
     return torch.stack([torch.dot(one, other) for one, other in pairs]).sum()
 
 

@@ -281,7 +281,15 @@ def test_as_many_images_go_through_together_as_memory_allows(
     (heard := Listener(graph.graph_module)).run(inputs[:1])
     of_one = sum(maps.numel() for maps in heard.heard)
     found = []
-    for values in (2**25, 11.5 * of_one, of_one):
-        monkeypatch.setattr(end_to_end, "AT_ONCE", int(values))
-        found.append(images_at_once(graph.graph_module, inputs))
-    assert found == [BATCH, 11, FEWEST_IMAGES]
+    for values, most in ((2**25, 32), (11.5 * of_one, 32), (of_one, 32), (2**25, 5)):
+        monkeypatch.setattr(end_to_end, "VALUES_AT_ONCE", int(values))
+        found.append(images_at_once(graph.graph_module, inputs, ReconstructionSettings(batch_size=most)))
+    assert found == [BATCH, 8, FEWEST_IMAGES, 4]  # 11 would leave 5, and 5 would leave 1
+
+
+def test_no_gradient_of_a_weight_is_taken(run: Run, quick: Quick) -> None:
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run("depthwise", quick(iterations=0, end_to_end_iterations=2))
+    masks = [list(event.concrete_inputs[-1]) for event in profile.events() if event.name == "aten::convolution_backward"]
+    assert masks
+    assert all(mask == [True, False, False] for mask in masks)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from inc_clusterq.reconstruction.fake_quantize import BiasCorrection, Mode, WeightQuantizer
 from inc_clusterq.reconstruction.from_outputs import passed_on, with_gradients_from_outputs
 from inc_clusterq.reconstruction.graph import extract, join
-from inc_clusterq.reconstruction.layout import laid_out
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations, simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
@@ -74,13 +73,24 @@ def test_gradients_of_one_channel_worked_out_by_hand() -> None:
     assert found == [[5.0, 1.0], [6.0], [27.0]]
 
 
-def test_no_gradient_of_a_weight_is_taken(network: Network, quantized: Quantized) -> None:
-    _, inputs = network("depthwise")
-    graph = quantized("depthwise")
-    initialise_activations(graph, inputs, 64)
-    module = with_gradients_from_outputs(extract(graph.graph_module, join(list(graph.units))))
-    with in_mode(module, Mode.STEPS), torch.profiler.profile(record_shapes=True) as profile:
-        module(laid_out(inputs)).square().sum().backward()
-    masks = [event.concrete_inputs[-1] for event in profile.events() if event.name == "aten::convolution_backward"]
-    assert masks
-    assert all(list(mask) == [True, False, False] for mask in masks)
+def test_a_channel_without_input_gets_exactly_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bias = (10 * torch.randn(8, generator=generator)).requires_grad_()
+    shift = torch.zeros(8, 1, 1, 1, requires_grad=True)
+    y = bias.detach()[:, None, None].expand(4, 8, 9, 9).contiguous()
+    passed_on(y, bias, shift, -3).backward(torch.randn(y.shape, generator=generator))
+    assert shift.grad is not None
+    assert shift.grad.tolist() == torch.zeros(8, 1, 1, 1).tolist()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5,), -1), ((2, 3, 5), -1), ((5, 3, 2), -3), ((4, 5, 2, 3, 2), -4)])
+def test_channels_are_on_the_axis_of_the_operator(shape: tuple[int, ...], axis: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    product, grad = torch.randn(2, *shape, generator=generator)
+    bias, shift = (torch.randn(5, generator=generator).requires_grad_() for _ in range(2))
+    along = [1] * len(shape)
+    along[axis] = 5
+    passed_on((product * shift.detach().exp().view(along) + bias.detach().view(along)), bias, shift, axis).backward(grad)
+    expected = torch.autograd.grad((grad * (product * shift.exp().view(along) + bias.view(along))).sum(), (bias, shift))
+    for learned, wanted in zip((bias, shift), expected, strict=True):
+        torch.testing.assert_close(learned.grad, wanted)
