@@ -227,7 +227,7 @@ class _Loop:
         began = time.perf_counter()
         by = _mean_power(run.targets, last=True) or 1.0
         before = _mean_loss(run.outputs, run.targets)
-        steps = self.settings.end_to_end_steps(before / (_variance(run.targets) or by))
+        steps = self.settings.end_to_end_steps(before / by)
         if not steps:
             return None
         whole = join(list(self.quantized.units))
@@ -265,12 +265,6 @@ def _mean_loss(outputs: Tensor, targets: Tensor) -> float:
 def _mean_power(targets: Tensor, *, last: bool) -> float:
     """What relative losses are relative to; where the `last` unit's targets hold masked classes, these aside."""
     return sum(float(power(drawn_in(y) if last else y)) * len(y) for y in targets.split(FORWARD_BATCH)) / len(targets)
-
-
-def _variance(targets: Tensor) -> float:
-    """The power of what the outputs of single images differ by from their mean."""
-    mean = torch.stack([y.sum(0) for y in targets.split(FORWARD_BATCH)]).sum(0) / len(targets)
-    return sum(float(power(y - mean)) * len(y) for y in targets.split(FORWARD_BATCH)) / len(targets)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ MOST_VIEWS = 4  # of an image, by default
 ENOUGH_IMAGES = 1024  # with their views, by default
 FEWEST_IMAGES = 4  # of a step whose images have many positions
 END_TO_END = 3  # times the steps of a unit, of the pass end to end by default. By trial
-FAR_OFF = 0.15  # error of a network's outputs by their variance, from which on they are learned end to end by default
+FAR_OFF = 0.06  # error of a network's outputs, in units of their power, from which on they are learned end to end by default
 
 
 class ReconstructionSettings(BaseModel):
@@ -153,7 +153,7 @@ class ReconstructionSettings(BaseModel):
         le=100_000,
         description="Steps behind the last unit, in which step sizes and biases of the whole network learn to give the float "
         "network's outputs (as E2E-QP, arXiv 2407.11062), and the integers of the weights stay. Empty: three times "
-        "`iterations` where the units have left an error of the outputs of more than 0.15 of their variance, otherwise none.",
+        "`iterations` where the units have left an error of the outputs of more than 0.06 of their power, otherwise none.",
     )
     end_to_end_features: float = Field(
         20.0,
@@ -191,11 +191,11 @@ class ReconstructionSettings(BaseModel):
             return self.weight_learning_rate
         return min(1.0, 0.03 * 2 ** math.log(1000 / max(1, self.iterations), 2.5))
 
-    def end_to_end_steps(self, error: float) -> int:
-        """Steps of the pass end to end, where the units have left this error of the outputs in units of their variance."""
+    def end_to_end_steps(self, relative_loss: float) -> int:
+        """Steps of the pass end to end, where the units have left this error of the outputs in units of their power."""
         if self.end_to_end_iterations is not None:
             return self.end_to_end_iterations
-        return END_TO_END * self.iterations if error > FAR_OFF else 0
+        return END_TO_END * self.iterations if relative_loss > FAR_OFF else 0
 
     @model_validator(mode="after")
     def _units_belong_to_explicit(self) -> Self:
