@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from neural_compressor.torch.algorithms.pt2e_quant.core import W8A8PT2EQuantizer
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import INT8StaticQuantConfig
@@ -297,6 +298,25 @@ def quantized_graph(
     quantized = install_quantizers(prepared, BitPlan(bits, bits), settings)
     initialise_activations(quantized, images, batch)
     return quantized
+
+
+def timing_parser(description: str | None, nets: str) -> argparse.ArgumentParser:
+    """The command line of a script that times networks of torchvision, by default `nets`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", default=nets, help=f"of torchvision (default {nets})")
+    parser.add_argument("--size", type=int, default=224, help="pixels of a side (default 224)")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    return parser
+
+
+def timed_networks(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    """Those of `--nets`; exits with status 2 and a sentence where torchvision has one not."""
+    nets: list[str] = given.nets.split(",")
+    if unknown := set(nets) - set(torchvision.models.list_models()):
+        parser.error(f"torchvision has no network {unknown.pop()!r}")
+    return nets
 
 
 def milliseconds(run: Callable[[], None]) -> float:

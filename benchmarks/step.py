@@ -21,9 +21,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from inc_clusterq.layout import laid_out
 from inc_clusterq.progress import NO_STAGE
 from inc_clusterq.reconstruction.graph import extract
-from inc_clusterq.reconstruction.layout import laid_out
 from inc_clusterq.reconstruction.learning import Flow, optimise
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 

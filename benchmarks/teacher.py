@@ -9,14 +9,13 @@ this run is not used.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import common
 import torch
@@ -36,18 +35,11 @@ WAYS = ("plain", "channels last", "bfloat16", "channels last, bfloat16", "compil
 
 def main() -> None:
     """Time every network."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", default="resnet18,mobilenet_v2", help="of torchvision (default resnet18,mobilenet_v2)")
+    parser = common.timing_parser(__doc__, "resnet18,mobilenet_v2")
     parser.add_argument("--images", type=int, default=32, help="per step (default 32)")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a side (default 224)")
     parser.add_argument("--steps", type=int, default=3, help="per round (default 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default 5)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the figures")
     given = parser.parse_args()
-    nets = given.nets.split(",")
-    if unknown := set(nets) - set(torchvision.models.list_models()):
-        parser.error(f"torchvision has no network {unknown.pop()!r}")
+    nets = common.timed_networks(parser, given)
     console = Console(width=120)
     console.print(f"Steps of {given.images} images of {given.size} pixels, seed {given.seed}", highlight=False)
     common.print_environment(console)
@@ -83,17 +75,18 @@ def _timed(net: str, images: int, size: int, steps: int, rounds: int, seed: int)
         if fused is plain:  # the compiler has failed
             ways = {way: teacher for way, teacher in ways.items() if "compiled" not in way}
         for teacher in ways.values():
-            _milliseconds(teacher, x, 1)  # the first costs more
-        times = [{way: _milliseconds(teacher, x, steps) for way, teacher in ways.items()} for _ in range(rounds)]
+            _run(teacher, x, 1)  # the first costs more
+        times = [
+            {way: common.milliseconds(partial(_run, teacher, x, steps)) / steps for way, teacher in ways.items()}
+            for _ in range(rounds)
+        ]
     return {way: [one[way] for one in times] for way in ways}, seconds
 
 
-def _milliseconds(teacher: Teacher, x: Tensor, steps: int) -> float:
-    began = time.perf_counter()
+def _run(teacher: Teacher, x: Tensor, steps: int) -> None:
     for _ in range(steps):
         seen = teacher.observe(x)
         torch.autograd.grad(statistics_loss(seen.samples, teacher.references, "relative"), x)
-    return 1000 * (time.perf_counter() - began) / steps
 
 
 if __name__ == "__main__":

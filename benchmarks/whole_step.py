@@ -12,10 +12,8 @@ alone. The ways are timed in turn, round by round.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import common
 import torch
@@ -23,30 +21,22 @@ import torchvision
 from rich.console import Console
 from torch import Tensor, fx
 
+from inc_clusterq.layout import laid_out
 from inc_clusterq.reconstruction.end_to_end import BATCH, end_to_end_loss, images_at_once
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.from_outputs import with_gradients_from_outputs
 from inc_clusterq.reconstruction.graph import extract, join
-from inc_clusterq.reconstruction.layout import laid_out
 from inc_clusterq.reconstruction.quantizers import set_mode
 from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings
 
 BITS = 4
-NETS = "resnet18,mobilenet_v2,mnasnet0_5,shufflenet_v2_x0_5"
 
 
 def main() -> None:
     """Time every network."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", default=NETS, help=f"of torchvision (default {NETS})")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a side (default 224)")
-    parser.add_argument("--rounds", type=int, default=5, help="of one step, of which the median is taken (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = common.timing_parser(__doc__, "resnet18,mobilenet_v2,mnasnet0_5,shufflenet_v2_x0_5")
     given = parser.parse_args()
-    nets = given.nets.split(",")
-    if unknown := set(nets) - set(torchvision.models.list_models()):
-        parser.error(f"torchvision has no network {unknown.pop()!r}")
+    nets = common.timed_networks(parser, given)
     console = Console(width=120)
     title = f"Steps of {BATCH} images of {given.size} pixels, seed {given.seed}, median of {given.rounds}"
     console.print(title, highlight=False)

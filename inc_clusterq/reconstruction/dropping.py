@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from inc_clusterq.reconstruction.layout import shaped
+from inc_clusterq.layout import shaped
 
 WORD = 64  # bits per random number
 CHUNK = 16  # bits per row of the table

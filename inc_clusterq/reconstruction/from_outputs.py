@@ -2,8 +2,7 @@
 
 Then y = s (q * x) + b in every output channel, so that
     dL / d log s = sum over g (y - b),   dL / db = sum over g   with g = dL / dy.
-Autograd would take the gradient of every weight on the way to s, which for a depthwise convolution costs several times what
-its output does.
+Autograd would take the gradient of every weight on the way to s; benchmarks/whole_step.py tells what that costs.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.layout import images_of
 from inc_clusterq.progress import Stage
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.layout import images_of
 from inc_clusterq.reconstruction.quantizers import in_mode, simulated
 from inc_clusterq.reconstruction.rounding import beta_at, regulariser, soft_rounding
 from inc_clusterq.reconstruction.settings import FEWEST_IMAGES, ReconstructionSettings

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inc_clusterq.determinism import repeatable
 from inc_clusterq.difference import drawn_in
+from inc_clusterq.layout import laid_out
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
 from inc_clusterq.reconstruction.checkpoint import Chain, UnitStore
@@ -26,7 +27,6 @@ from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode,
 from inc_clusterq.reconstruction.fisher import fisher_weights
 from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
 from inc_clusterq.reconstruction.graph import Unit, extract, join
-from inc_clusterq.reconstruction.layout import laid_out
 from inc_clusterq.reconstruction.learning import (
     FORWARD_BATCH,
     Flow,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inc_clusterq.errors import OutputError
-from inc_clusterq.reconstruction.layout import shaped
+from inc_clusterq.layout import shaped
 
 AT_ONCE = 5  # tensors of all images that live at the same time: two inputs, two outputs and the loss weights of a unit
 

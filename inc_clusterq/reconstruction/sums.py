@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inc_clusterq.reconstruction.layout import has_channels_last, in_order
+from inc_clusterq.layout import has_channels_last, in_order
 
 PRODUCTS = 2**18  # in one running sum; more would cost digits
 

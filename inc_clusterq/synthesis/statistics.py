@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from inc_clusterq.errors import ModelError
+from inc_clusterq.layout import has_channels_last
 from inc_clusterq.synthesis.blocks import row_blocks
 
 T = TypeVar("T")
@@ -143,7 +144,7 @@ def sample_moments(x: Tensor, samples: int) -> Moments:
             "class statistics, so this model cannot be synthesised from"
         )
     rows, channels = x.shape[0] // samples, x.shape[1]
-    if rows == 1 and _has_channels_last(x):
+    if rows == 1 and has_channels_last(x):  # taking these apart would cost a copy
         flat, axis = x.permute(0, 2, 3, 1).flatten(1, 2), 1
     else:
         flat, axis = x.reshape(samples, rows, channels, math.prod(x.shape[2:])).transpose(1, 2).flatten(2), 2
@@ -154,11 +155,6 @@ def sample_moments(x: Tensor, samples: int) -> Moments:
         return Moments(mean.squeeze(axis), (flat - mean).square().mean(axis))
     mean, variance = _SampleMoments.apply(flat, axis)
     return Moments(mean, variance)
-
-
-def _has_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side in memory, so that taking them apart would cost a copy."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def average(moments: Sequence[Moments]) -> Moments:

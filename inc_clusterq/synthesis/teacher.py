@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from inc_clusterq.errors import ConfigError, ModelError
 from inc_clusterq.inputs import InputSpec
+from inc_clusterq.layout import laid_out
 from inc_clusterq.modes import evaluated
 from inc_clusterq.synthesis.statistics import (
     Moments,
@@ -70,7 +71,7 @@ class Teacher:
         """Run a batch of normalised inputs, shape (N, *input)."""
         x = x.to(self.dtype)
         if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = laid_out(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             output, samples = (self.passes or self._passes)(x)
         return Observation(output.float() if self.classifies else None, samples)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.layout import images_of, in_order, laid_out, shaped
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.dropping import draw_mask
 from inc_clusterq.reconstruction.graph import extract, partition
-from inc_clusterq.reconstruction.layout import images_of, in_order, laid_out, shaped
 from inc_clusterq.reconstruction.learning import Flow
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.reconstruct import reconstruct

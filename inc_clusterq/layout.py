@@ -1,7 +1,8 @@
-"""How maps lie in memory while a network is reconstructed: on a CPU with the channels last, which convolutions there prefer.
+"""How maps lie in memory where networks are run many times over: on a CPU with the channels last.
 
-Most operators keep the order of what comes in, so that it is enough to lay the inputs out; behind one that does not, such as a
-reshape, maps lie the usual way and are computed as well, if slower.
+benchmarks/teacher.py and benchmarks/whole_step.py tell what that saves. Most operators keep the order of what comes in, so
+that it is enough to lay the inputs out; behind one that does not, such as a reshape, maps lie the usual way and are computed
+as well, if slower.
 """
 
 from __future__ import annotations
