@@ -144,6 +144,15 @@ class Block(nn.Module):
         return functional.relu(y + x)
 
 
+class Rearranged(Chain):
+    """Weights that lie in memory in another order than their axes have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(memory_format=torch.channels_last)
+        self.fc.weight = nn.Parameter(self.fc.weight.detach().t().contiguous().t())
+
+
 class Residual(Classifier):
     """ResNet-20 with two blocks."""
 
@@ -304,6 +313,22 @@ class Beside(Classifier):
         return functional.relu(self.b(functional.relu(self.a(x) + self.up(x))))
 
 
+class Mirrored(Classifier):
+    """Reads weights once more: by a convolution that the host leaves in float, and by their norms."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.a, self.b = nn.Conv2d(8, 8, 3, 2, 1), conv(8, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.a(x))
+        y = functional.conv_transpose2d(y, self.a.weight, None, 2, 1, output_padding=1)
+        return functional.relu(self.b(functional.relu(y)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - 0.5 * self.fc.weight.square().sum(1)
+
+
 class Averaged(Classifier):
     """Means over parts of the image, overlapping, with padding, and of unequal size."""
 
@@ -388,6 +413,7 @@ class Signal(nn.Module):
 SIZES = {"signal": (48,)}  # of inputs that are not 8 x 8
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "chain": Chain,
+    "rearranged": Rearranged,
     "residual": Residual,
     "depthwise": Depthwise,
     "grouped": Grouped,
@@ -400,6 +426,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "padded": Padded,
     "transposed": Transposed,
     "beside": Beside,
+    "mirrored": Mirrored,
     "averaged": Averaged,
     "scaled": Scaled,
     "attentive": Attentive,

@@ -13,9 +13,9 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from inc_clusterq.canonical.names import unused_name
+from inc_clusterq.attributes import attribute, unused_name
 from inc_clusterq.canonical.weights import BIAS
-from inc_clusterq.reconstruction.graph import WEIGHTED, attribute
+from inc_clusterq.reconstruction.graph import WEIGHTED
 
 aten = torch.ops.aten
 NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default}

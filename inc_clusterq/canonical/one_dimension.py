@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from inc_clusterq.canonical.names import unused_name
+from inc_clusterq.attributes import unused_name
 from inc_clusterq.reconstruction.graph import ACTIVATIONS, named_arguments
 
 aten = torch.ops.aten

@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from inc_clusterq.canonical.names import unused_name
-from inc_clusterq.reconstruction.graph import WEIGHTED, active_nodes, attribute
+from inc_clusterq.attributes import attribute, unused_name
+from inc_clusterq.reconstruction.graph import WEIGHTED, active_nodes
 
 BIAS = 2  # its position among the arguments, where there is one
 

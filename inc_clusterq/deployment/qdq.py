@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+from inc_clusterq.attributes import replace_attribute
 from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE, STORED_MAX
 from inc_clusterq.deployment.shapes import record_shapes
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
@@ -61,13 +62,7 @@ def convert(quantized: QuantizedGraph) -> fx.GraphModule:
     Weights come out as int8 constants, activations as uint8 quantize-dequantize pairs with explicit clamps below 8 bits.
     """
     graph_module = quantized.graph_module
-    for unit in quantized.units:
-        for layer in unit.layers:
-            if layer.quantizer is not None:
-                quantizer = getattr(graph_module, layer.quantizer)
-                owner, _, leaf = layer.weight.rpartition(".")
-                # A new parameter: the old one may still belong to the user's float model.
-                setattr(graph_module.get_submodule(owner), leaf, nn.Parameter(quantizer.deployed(), requires_grad=False))
+    write_weights(quantized)
     write_corrections(quantized)
     replace_observers(graph_module, lambda name: _fixed(getattr(graph_module, name)))
     with without_training_patterns():
@@ -77,6 +72,19 @@ def convert(quantized: QuantizedGraph) -> fx.GraphModule:
     forget_sources(converted)
     record_shapes(converted)
     return converted
+
+
+def write_weights(quantized: QuantizedGraph) -> None:
+    """Put the weights that quantize to the chosen integers in the place of the float ones, where these are quantized."""
+    graph_module = quantized.graph_module
+    layers = [layer for unit in quantized.units for layer in unit.layers]
+    for weight, name in {layer.weight: layer.quantizer for layer in layers if layer.quantizer is not None}.items():
+        quantizer = getattr(graph_module, name)
+        calls = [node for node in graph_module.graph.nodes if node.op == "call_module"]
+        readers = [call for call in calls if getattr(graph_module, str(call.target)) is quantizer]
+        # A new parameter: the old one may still belong to the user's float model.
+        replace_attribute(graph_module, weight, nn.Parameter(quantizer.deployed(), requires_grad=False), readers)
+    graph_module.recompile()
 
 
 @contextmanager

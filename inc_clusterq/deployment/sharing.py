@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from inc_clusterq.canonical.names import unused_name
+from inc_clusterq.attributes import unused_name
 from inc_clusterq.deployment.backend import DEQUANTIZE_WEIGHT
 
 CONSTANTS = (0, 1)  # places of integers and scales among the arguments

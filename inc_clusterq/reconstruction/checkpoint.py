@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from inc_clusterq.attributes import attribute
 from inc_clusterq.checksum import checksum, content
 from inc_clusterq.errors import OutputError
 from inc_clusterq.output import replace_file
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, WeightQuantizer
-from inc_clusterq.reconstruction.graph import Unit, attribute
+from inc_clusterq.reconstruction.graph import Unit
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, Simulated
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.resuming import State
@@ -132,7 +133,7 @@ class Chain:
     def keep_state(self, state: State) -> None:
         """Write from where a unit on its way goes on, in place of what was kept before."""
         if self.folder is not None:
-            _write(self._unfinished, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, {})
+            _write(self._unfinished, {name: tensor.detach().cpu() for name, tensor in state.items()}, {})
 
     @property
     def _file(self) -> Path:
@@ -164,6 +165,7 @@ def _values(state: dict[str, Tensor], name: str, quantizer: Simulated) -> tuple[
 
 
 def _write(file: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
+    state = {name: tensor.contiguous() for name, tensor in state.items()}  # weights lie in memory as the user's do
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, save(state, {**about, CHECKSUM: checksum(state), TORCH: str(torch.__version__)}))

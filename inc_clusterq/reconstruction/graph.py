@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.attributes import attribute
+
 aten = torch.ops.aten
 WEIGHTED: dict[Any, int] = {  # operator -> position of its weight argument
     aten.conv1d.default: 1,
@@ -300,14 +302,6 @@ def _longest_path(nodes: list[fx.Node], layers: tuple[Layer, ...]) -> tuple[str,
         before = max((longest.get(argument, ()) for argument in node.all_input_nodes), key=len, default=())
         longest[node] = (*before, by_node[node.name]) if node.name in by_node else before
     return max(longest.values(), key=len)
-
-
-def attribute(module: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def replace_observers(graph_module: fx.GraphModule, make: Callable[[str], nn.Module]) -> None:

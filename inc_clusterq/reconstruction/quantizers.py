@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.attributes import attribute, replace_attribute
 from inc_clusterq.reconstruction.bits import BitPlan, assign_bits
 from inc_clusterq.reconstruction.cleanup import make_cuttable
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.graph import (
-    Layer,
-    Unit,
-    attribute,
-    partition,
-    replace_observers,
-)
+from inc_clusterq.reconstruction.graph import Layer, Unit, partition, replace_observers
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Quantizer = ActivationQuantizer | WeightQuantizer
@@ -139,24 +134,13 @@ def write_corrections(quantized: QuantizedGraph) -> None:
     graph = graph_module.graph
     for bias, name in quantized.corrections.items():
         calls = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
-        readers = {user for node in graph.nodes if node.op == "get_attr" and node.target == bias for user in node.users}
         with torch.no_grad():
             # A new parameter: the old one may still belong to the user's float model.
             corrected = nn.Parameter(attribute(graph_module, bias) + getattr(graph_module, name).shift, requires_grad=False)
         delattr(graph_module, name)
-        alone = readers <= set(calls)
-        if alone:
-            owner, _, leaf = bias.rpartition(".")
-            setattr(graph_module.get_submodule(owner), leaf, corrected)
-        else:  # what else reads the bias reads it as it was
-            setattr(graph_module, name, corrected)
+        replace_attribute(graph_module, bias, corrected, calls)
         for call in calls:
-            value = call.args[0]
-            if not alone:
-                with graph.inserting_before(call):
-                    value = graph.get_attr(name)
-                value.meta.update(call.meta)
-            call.replace_all_uses_with(value)
+            call.replace_all_uses_with(call.args[0])
             graph.erase_node(call)
     graph_module.recompile()
 

@@ -28,7 +28,7 @@ def weight_scale(weight: Tensor, bits: int, norm: float) -> Tensor:
     best = full.clone()
     error = torch.full_like(full, torch.inf)
     for share in torch.linspace(SMALLEST, 1.0, CANDIDATES).tolist():
-        scale = full * share
+        scale = (full * share).clamp_min(EPSILON)
         quantized = (flat / scale[:, None]).round().clamp(lowest, highest) * scale[:, None]
         trial = (quantized - flat).abs().pow(norm).sum(1)
         better = trial < error

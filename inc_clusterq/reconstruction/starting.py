@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from inc_clusterq.reconstruction.graph import Unit, attribute
+from inc_clusterq.attributes import attribute
+from inc_clusterq.reconstruction.graph import Unit
 from inc_clusterq.reconstruction.moments import collect, collect_outputs, has_columns, input_pairs, outputs_of
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.second_order import best_rounding

@@ -85,6 +85,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         ("concat", {"granularity": "layer"}),  # one quantizer in two units
         ("tied", {"granularity": "layer"}),  # one weight in two units
         ("transposed", {"granularity": "layer"}),  # a unit without a weight quantizer
+        ("rearranged", {"granularity": "layer"}),
     ],
 )
 @pytest.mark.parametrize("share", [0.3, 0.7])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inc_clusterq.reconstruction.ranges import activation_range, signed_levels, weight_scale
+from inc_clusterq.reconstruction.ranges import EPSILON, activation_range, signed_levels, weight_scale
 
 NORM = 2.4
 
@@ -65,6 +65,11 @@ def test_channels_that_are_zero_or_constant_get_a_finite_positive_scale() -> Non
     quantized = (weight / scale).round().clamp(-8, 7) * scale
     assert torch.equal(quantized[0], weight[0])
     torch.testing.assert_close(quantized[1:], weight[1:], rtol=0.02, atol=0)  # one value lies on the grid within one step
+
+
+def test_no_weight_scale_is_smaller_than_what_quantizers_and_the_host_keep() -> None:
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 1e-8
+    assert (weight_scale(weight, 4, NORM) >= EPSILON).all()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
