@@ -53,7 +53,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load `state` into `module`; ModelError lists the names and shapes that do not fit it."""
+    """Load `state` into `module`; ModelError lists the names, shapes and types that do not fit it."""
     expected = module.state_dict()
     state = _without_owner(state, expected)
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
@@ -63,7 +63,17 @@ def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    kinds = (("missing", missing), ("not in the model", unexpected), ("of another shape", misshapen))
+    mistyped = [
+        f"{name} {state[name].dtype} in place of {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in state and tensor.is_floating_point() and not state[name].is_floating_point()
+    ]
+    kinds = (
+        ("missing", missing),
+        ("not in the model", unexpected),
+        ("of another shape", misshapen),
+        ("of another type", mistyped),
+    )
     misfits = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
     if misfits:
         raise ModelError(f"{origin} does not fit the model. Tensors " + "; ".join(misfits))
@@ -91,7 +101,11 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
                 f"alone or under one of the keys {', '.join((*WRAPPINGS, *AVERAGES))}"
             )
         state[str(name)] = value
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None):
+    return _without_prefixes(state)
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    while prefix := next((prefix for prefix in PREFIXES if state and all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
@@ -101,7 +115,7 @@ def _without_owner(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     owner = next(iter(state), "").partition(".")[0] + "."
     if not all(name.startswith(owner) for name in state):
         return state
-    inner = {name.removeprefix(owner): value for name, value in state.items()}
+    inner = _without_prefixes({name.removeprefix(owner): value for name, value in state.items()})
     return inner if inner.keys() <= expected.keys() else state
 
 

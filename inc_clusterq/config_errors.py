@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 
 from inc_clusterq.yaml_file import KeyPath, YamlFile
 
+CLOSE, LIKE = 0.8, 0.6  # of two keys, as difflib has it: a slip of the finger, and its own default
+SHOWN = 3  # places of a key that several mappings have
+
 
 def explain(error: ValidationError, file: YamlFile, schema: type[BaseModel]) -> str:
     """All problems of one file in one message, in the order of its lines."""
@@ -94,14 +97,17 @@ def _leads_to(pattern: KeyPath, at: KeyPath) -> bool:
 
 
 def _nearest(at: KeyPath, schema: type[BaseModel]) -> str:
-    """The known key that the user may have meant: first in the same mapping, then one of that name elsewhere."""
+    """The known key that the user may have meant: much like it in the same mapping, so elsewhere, or a little like it here."""
     section = _section_at(at[:-1], schema)
     here = list(keys(section)) if section is not None else []
-    if near := get_close_matches(at[-1], here, 1):
-        return f"did you mean {'.'.join((*at[:-1], near[0]))!r}?"
-    elsewhere = {key: ".".join((*path, key)) for path, found in sections(schema) for key in keys(found)}
-    if near := get_close_matches(at[-1], elsewhere, 1, cutoff=0.8):
-        return f"did you mean {elsewhere[near[0]]!r}?"
+    elsewhere: dict[str, list[str]] = {}
+    for path, found in sections(schema):
+        for key in keys(found):
+            elsewhere.setdefault(key, []).append(".".join((*path, key)))
+    known = {key: [".".join((*at[:-1], key))] for key in here}
+    for candidates, likeness in ((known, CLOSE), (elsewhere, CLOSE), (known, LIKE)):
+        if near := get_close_matches(at[-1], candidates, 1, likeness):
+            return f"did you mean {' or '.join(map(repr, candidates[near[0]][:SHOWN]))}?"
     return f"known keys here: {', '.join(here)}"
 
 

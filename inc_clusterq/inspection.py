@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from inc_clusterq.config import AccuracyConfig, Config, ModelConfig
 from inc_clusterq.environment import environment
-from inc_clusterq.errors import DatasetError
+from inc_clusterq.errors import ConfigError, DatasetError
 from inc_clusterq.labelled import load_labelled, load_npz
 from inc_clusterq.models import FloatModel, load_model
 from inc_clusterq.output import check_output, filled_whole
 from inc_clusterq.progress import SILENT, Progress
+from inc_clusterq.references import REFERENCE_PATTERN
 from inc_clusterq.report.figures import by_layer, clouds, first_of_each_class, gallery
 from inc_clusterq.report.page import embedded, render
 from inc_clusterq.synthesis.dataset import MANIFEST, SyntheticDataset, canonical, load_dataset
@@ -110,6 +113,8 @@ def inspect(
     Raises:
         UserError: anything that the user can correct; nothing is left half-written.
     """
+    if real is not None and real.startswith("python:") and not re.match(REFERENCE_PATTERN, real):
+        raise ConfigError(f"--real is {real}; it must read python:package.module:function, or name an .npz file")
     opened = load_dataset(dataset)
     output = output or dataset / "inspection"
     check_output(output, overwrite=overwrite, report=REPORT)
@@ -157,7 +162,7 @@ def inspect(
 
 def _named_model(folder: Path, dataset: SyntheticDataset) -> ModelConfig:
     source = dataset.manifest.get("source")
-    if source is None:
+    if not isinstance(source, dict) or not {"folder", "model"} <= source.keys():
         raise DatasetError(f"{folder / MANIFEST} does not say where the model is; name the job's YAML by --config")
     code = (folder / source["folder"]).resolve()
     if code.is_relative_to(folder.resolve()):
@@ -165,7 +170,10 @@ def _named_model(folder: Path, dataset: SyntheticDataset) -> ModelConfig:
             f"{folder / MANIFEST} names {code} as the folder of the model's code, which lies in the set itself; a set is data, "
             "and none of its own code is run: name the job's YAML by --config"
         )
-    return ModelConfig.model_validate(source["model"], context={"folder": code})
+    try:
+        return ModelConfig.model_validate(source["model"], context={"folder": code})
+    except ValidationError as error:
+        raise DatasetError(f"{folder / MANIFEST} describes no model; name the job's YAML by --config") from error
 
 
 def _real(reference: str, model: FloatModel, config: ModelConfig, most: int) -> tuple[Tensor, Tensor]:

@@ -86,9 +86,10 @@ def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tu
             f"(N, {', '.join(map(str, model.input.shape))}), normalised as the model takes them{_remedy(inputs, model)}"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != inputs.shape[:1]:
+        hint = "squeeze(1)" if labels.shape[1:] == (1,) else "argmax(1)"
         raise DatasetError(
             f"{name}: labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be one class "
-            f"number for each of the {len(inputs)} inputs" + (", such as argmax(1) gives" if labels.dim() == 2 else "")
+            f"number for each of the {len(inputs)} inputs" + (f", such as {hint} gives" if labels.dim() == 2 else "")
         )
     if not bool(inputs.isfinite().all()):
         raise DatasetError(f"{name}: some inputs are not finite")

@@ -1,7 +1,8 @@
 """Reading a YAML file so that every later complaint can name the line it is about.
 
-Plain data only (the safe loader), with two differences from `yaml.safe_load`: a key that stands twice in one mapping is
-an error instead of silently losing the first, and `1e-3` and `2.5e3` are numbers, as in YAML 1.2, instead of text.
+Plain data only (the safe loader), with three differences from `yaml.safe_load`: a key that stands twice in one mapping is
+an error instead of silently losing the first; keys are text as it stands, since layers have names such as 0.10; and `1e-3`
+and `2.5e3` are numbers, as in YAML 1.2, instead of text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import yaml
 from inc_clusterq.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+MERGE, TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"  # what a node is
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,7 @@ def read_yaml(path: Path) -> YamlFile:
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"holds {_kind(data)}"
         raise ConfigError(f"{path}: {found}; it must hold keys and values, beginning with `model:`")
-    return YamlFile(path, _with_text_keys(data), lines)
-
-
-def _with_text_keys(data: Any) -> Any:
-    """The same with keys such as 5 or 2026-01-01 as text: no key of ours is anything else."""
-    if isinstance(data, dict):
-        return {str(key): _with_text_keys(value) for key, value in data.items()}
-    return [_with_text_keys(item) for item in data] if isinstance(data, list) else data
+    return YamlFile(path, data, lines)
 
 
 def _walk(
@@ -90,6 +85,8 @@ def _walk(
         if key.value in here:
             repeated.append(f"key {'.'.join(path)} stands twice, on line {here[key.value]} and on line {line}")
         here[key.value] = lines[path] = line
+        if key.tag != MERGE:
+            key.tag = TEXT
         _walk(value, path, [*ancestors, node], lines, repeated)
 
 

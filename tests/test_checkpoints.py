@@ -65,6 +65,19 @@ def test_the_name_of_the_module_that_held_the_model_is_taken_off_where_all_then_
         fit_state(net(), {name.replace("1.bias", "2.bias"): value for name, value in held.items()}, "it")
 
 
+@pytest.mark.parametrize("owner", ["model._orig_mod.", "_orig_mod.model.", "model.module._orig_mod."])
+def test_prefixes_are_taken_off_on_either_side_of_that_name(tmp_path: Path, state: dict[str, Tensor], owner: str) -> None:
+    torch.save({f"{owner}{name}": value for name, value in state.items()}, tmp_path / "net.pth")
+    fit_state(module := net(), read_state(tmp_path / "net.pth"), "it")
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_not_taken_for_some(state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match=rf"1 of another type: 0\.weight {dtype} in place of torch\.float32"):
+        fit_state(net(), {**state, "0.weight": state["0.weight"].to(dtype)}, "it")
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_torchscript_archive_is_told_from_a_damaged_file(tmp_path: Path) -> None:
     torch.jit.trace(net().eval(), torch.zeros(1, 1, 4, 4)).save(tmp_path / "net.pt")

@@ -141,6 +141,11 @@ def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
         ({"bit": "W4A8"}, "line 1: bit: unknown key; did you mean 'bits'?"),
         ({"max_trials": 3}, "max_trials: unknown key; did you mean 'tuning.exit_policy.max_trials'?"),
         (
+            {"iterations": 5},
+            "iterations: unknown key; did you mean 'quantization.calibration.dataloader.dataset.ClusterQ.iterations' or "
+            "'quantization.reconstruction.iterations'?",
+        ),
+        (
             {"quantization": {"reconstruction": {"iteratons": 3}}},
             "reconstruction.iteratons: unknown key; did you mean 'quantization.reconstruction.iterations'?",
         ),

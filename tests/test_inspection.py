@@ -182,6 +182,7 @@ def test_a_set_made_by_hand_is_not_taken_for_one_of_this_model(bench: Bench) -> 
         (("nowhere",), "cannot read nowhere/manifest.json"),
         (("made", "--real", "nowhere.npz"), "cannot read nowhere.npz"),
         (("made", "--real", "job.yaml"), "job.yaml is not an .npz file"),
+        (("made", "--real", "python:data"), "it must read python:package.module:function, or name an .npz file"),
         (("made", "--real", "half.npz"), "half.npz has no array 'labels'"),
         (("made", "--real", "large.npz"), "they must be floats of shape (N, 1, 8, 8)"),
         (("made", "--real", "text.npz"), "text.npz is not an .npz file of numbers"),

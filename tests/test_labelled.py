@@ -70,6 +70,7 @@ def test_inputs_out_of_the_range_are_told(
         ("torch.utils.data.DataLoader([])", "returned a DataLoader without a batch"),
         ("torch.ones(3, 2, 4), torch.zeros(3).numpy().astype(object)", "returned an array that is not of numbers"),
         ("torch.ones(3, 2, 4), torch.eye(3).long()", r"one class number for each of the 3 inputs, such as argmax\(1\) gives"),
+        ("torch.ones(3, 2, 4), torch.zeros(3, 1).long()", r"shape \(3, 1\); they must be .*, such as squeeze\(1\) gives"),
         ("torch.ones(3, 2, 4), torch.tensor([1, 2, 3])", "the classes 0 to 2; subtract 1"),
         ("torch.ones(3, 2, 5), torch.zeros(3).long()", r"shape \(3, 2, 5\); they must be floats of shape \(N, 2, 4\)"),
         ("torch.ones(3, 2, 4).byte(), torch.zeros(3).long()", r"inputs are torch.uint8 .* \(inputs.float\(\) - mean\) / std"),

@@ -81,3 +81,11 @@ def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -
 def test_keys_are_text_whatever_they_look_like(tmp_path: Path) -> None:
     file = read_yaml(write(tmp_path, "2026-01-01: [{1: a}]\n2.5: b\n"))
     assert file.data == {"2026-01-01": [{"1": "a"}], "2.5": "b"}
+
+
+def test_names_of_layers_that_look_like_numbers_stay_apart(tmp_path: Path) -> None:
+    text = "{0.1: a, 0.10: b, 010: c, 1_0: d, 1e1: e, on: f, ~: g, 1:30: h}"
+    names = ["0.1", "0.10", "010", "1_0", "1e1", "on", "~", "1:30"]
+    file = read_yaml(write(tmp_path, f"layers: {text}\n"))
+    assert list(file.data["layers"]) == names
+    assert all(("layers", name) in file.lines for name in names)

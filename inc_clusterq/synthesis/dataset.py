@@ -153,6 +153,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if manifest.get("checksum") != _manifest_checksum(manifest):
         raise DatasetError(f"{path} is damaged: it does not match its own checksum; delete {path.parent}, then run again")
+    shards = manifest.get("shards")
+    if not isinstance(shards, list) or not all(isinstance(entry, dict) and "sha256" in entry for entry in shards):
+        raise DatasetError(f"{path} does not list shards and their SHA-256; synthesise the set again")
     return manifest
 
 

@@ -19,8 +19,8 @@ from torch import nn
 import inc_clusterq.synthesis.store as store
 from inc_clusterq.errors import DatasetError, OutputError
 from inc_clusterq.inputs import InputSpec
-from inc_clusterq.synthesis.dataset import MANIFEST, SyntheticDataset, load_dataset
-from inc_clusterq.synthesis.draft import FolderDraft, shard_name
+from inc_clusterq.synthesis.dataset import FORMAT, MANIFEST, VERSION, SyntheticDataset, canonical, load_dataset
+from inc_clusterq.synthesis.draft import FolderDraft, sha256, shard_name
 from inc_clusterq.synthesis.settings import ClusterQSettings
 from inc_clusterq.synthesis.store import cached_dataset, describe, request_key, write_dataset
 
@@ -102,6 +102,14 @@ def test_batches_cross_the_borders_of_shards(dataset: SyntheticDataset, size: in
 def test_a_foreign_folder_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DatasetError, match=problem):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [None, {}, [{}], ["a"]])
+def test_a_manifest_made_by_hand_must_list_its_shards(tmp_path: Path, shards: object) -> None:
+    manifest = {"format": FORMAT, "version": VERSION, "shards": shards}
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "checksum": sha256(canonical(manifest))}))
+    with pytest.raises(DatasetError, match="does not list shards and their SHA-256"):
         load_dataset(tmp_path)
 
 
