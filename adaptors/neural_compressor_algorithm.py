@@ -189,6 +189,7 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
     if not bool(inputs.isfinite().all()):
         number = int((~inputs.isfinite().flatten(1).all(1)).nonzero()[0])
         raise ModelError(f"calibration image {number}, counted from 0, holds values that are not finite")
+    _assert_finite(prepared, inputs[:2])
     plan, settings = config.bit_plan(), config.reconstruction_settings()
     if config.fallback_units:
         ranking = settings.model_copy(update={"end_to_end_iterations": 0})  # behind the units, which are shared
@@ -232,6 +233,16 @@ def _warn(warning: str | None) -> None:
     """Once, and not with every trial."""
     if warning:
         logger.warning("%s", warning)
+
+
+@torch.no_grad()
+def _assert_finite(prepared: fx.GraphModule, images: Tensor) -> None:
+    """No error can be taken of infinite outputs, such as those of classes that are masked out by -inf."""
+    if not bool(prepared(images).isfinite().all()):
+        raise ModelError(
+            "the model returns values that are not finite for calibration images; where it masks classes out by -inf, let it "
+            "take a finite number such as -1e4"
+        )
 
 
 def count_units(exported: nn.Module, config: MRECGConfig) -> int:

@@ -4,6 +4,7 @@ Importing this module registers it with the host, whose `quantize`, `prepare`, `
 There is no `from __future__ import annotations` here: the host's expansion reads the annotations of `__init__` as types.
 """
 
+import sys
 from collections import OrderedDict
 from difflib import get_close_matches
 from typing import Any
@@ -21,6 +22,12 @@ from inc_clusterq.reconstruction.settings import ReconstructionSettings
 ALGORITHM = "mrecg"
 KINDS = ("dense", "depthwise", "grouped", "linear")
 WIDTHS = range(2, 9)  # bits that the kernels' int8 can hold
+WHOLE_NUMBERS = (
+    ("w_bits", WIDTHS, "from 2 to 8"),
+    ("act_bits", WIDTHS, "from 2 to 8"),
+    ("fallback_units", range(sys.maxsize), "from 0"),
+    ("seed", range(2**32), f"from 0 to {2**32 - 1}"),
+)
 BOOKKEEPING = {
     "params_list",
     "non_tunable_params",
@@ -57,7 +64,7 @@ class MRECGConfig(TorchBaseConfig):
         kwargs: any other key of `ReconstructionSettings`.
 
     Raises:
-        ValueError: bits outside 2 to 8, an unknown preset, a setting outside its range, or a white list.
+        ValueError: bits outside 2 to 8, no seed, an unknown preset, a setting outside its range, or a white list.
         TypeError: an unknown key.
     """
 
@@ -104,14 +111,13 @@ class MRECGConfig(TorchBaseConfig):
         return {key: value for key, value in kwargs.items() if key in fields}
 
     def _check(self) -> None:
-        for key in ("w_bits", "act_bits"):
+        for key, allowed, told in WHOLE_NUMBERS:
             value = getattr(self, key)
-            for bits in value if isinstance(value, list) else [value]:
-                if type(bits) is not int or bits not in WIDTHS:
-                    raise ValueError(f"{key} is {bits!r}; it must be a whole number from 2 to 8")
-        counts = self.fallback_units if isinstance(self.fallback_units, list) else [self.fallback_units]
-        if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"fallback_units is {self.fallback_units!r}; it must be a whole number from 0")
+            if value == []:
+                raise ValueError(f"{key} is an empty list; it must be a whole number {told}, or a list of such")
+            for number in value if isinstance(value, list) else [value]:
+                if type(number) is not int or number not in allowed:
+                    raise ValueError(f"{key} is {number!r}; it must be a whole number {told}")
         for kind in self.kind_bits:
             if kind not in KINDS:
                 raise ValueError(f"kind_bits names {kind!r}; it must be one of {', '.join(KINDS)}")

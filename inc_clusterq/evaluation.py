@@ -10,7 +10,7 @@ model's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def accuracy(inputs: Tensor, labels: Tensor) -> Score:
 
 def agreement(
     float_model: nn.Module,
-    images: Tensor | Iterable[tuple[Tensor, Tensor]],  # shape: (N, *shape), or batches of (images, labels)
+    images: Tensor | Iterable[Tensor | Sequence[Tensor]],  # shape: (N, *shape), or batches, alone or in front of their labels
 ) -> Score:
     """Share of `images` to which a model gives the class that `float_model` gives; the float model scores 1.
 
@@ -66,7 +66,7 @@ def agreement(
 
     def score(model: nn.Module) -> float:
         if not known:
-            batches = [images] if isinstance(images, Tensor) else [batch for batch, _ in images]
+            batches = [images] if isinstance(images, Tensor) else [_images(batch) for batch in images]
             if not any(len(batch) for batch in batches):
                 raise DatasetError("there are no images to compare models on")
             inputs = torch.cat(batches)
@@ -76,3 +76,10 @@ def agreement(
         return float((predictions(model, inputs) == expected).double().mean())
 
     return score
+
+
+def _images(batch: object) -> Tensor:
+    found = batch[0] if isinstance(batch, tuple | list) and len(batch) in (1, 2) else batch
+    if not isinstance(found, Tensor):
+        raise DatasetError(f"a batch of the images is {type(batch).__name__}; it must be a tensor, or (images, labels)")
+    return found

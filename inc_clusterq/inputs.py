@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class InputSpec:
 
     `shape` is one sample without the batch dimension: (C, H, W), (C, L), (C, D, H, W) or (F,). `low` and `high` bound
     the raw values, before normalisation: 0 and 255 for bytes. `mean` and `std` are on that same raw scale, one number
-    for all channels or one per channel.
+    for all channels or one per channel; a number by itself is taken as well.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +38,9 @@ class InputSpec:
     std: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if isinstance(value := getattr(self, name), Real):
+                object.__setattr__(self, name, (float(value),))
         if not self.shape or any(size < 1 for size in self.shape):
             raise ValueError(
                 f"shape is {list(self.shape)}; it must hold the positive sizes of one sample without the batch "

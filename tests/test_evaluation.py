@@ -97,6 +97,16 @@ def test_a_loader_serves_as_well_as_a_tensor_and_is_read_once(inputs: Tensor) ->
     assert model.calls == calls  # the float model is asked once
 
 
+def test_labels_may_be_left_out_of_batches_and_what_is_no_image_is_refused(inputs: Tensor) -> None:
+    expected = agreement(Largest(), inputs)(Largest(1))
+    for batches in (inputs.split(2), [[batch] for batch in inputs.split(2)]):
+        assert agreement(Largest(), batches)(Largest(1)) == expected
+    mistakes: list[Any] = [{"image": inputs}, (inputs, inputs, inputs), []]
+    for wrong in mistakes:
+        with pytest.raises(DatasetError, match=r"it must be a tensor, or \(images, labels\)"):
+            agreement(Largest(), [wrong])(Largest())
+
+
 def test_the_float_model_is_asked_in_eval_mode_and_keeps_its_own(inputs: Tensor) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9)).train()
     before = model[0].running_mean.clone()  # type: ignore[operator]

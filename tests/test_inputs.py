@@ -62,6 +62,10 @@ def test_an_impossible_input_is_refused_with_the_value(arguments: dict[str, obje
         InputSpec(**{"shape": (3, 4, 4), **arguments})  # type: ignore[arg-type]
 
 
+def test_one_number_stands_for_all_channels() -> None:
+    assert InputSpec((3, 4, 4), mean=0.5, std=2) == InputSpec((3, 4, 4), mean=(0.5,), std=(2.0,))  # type: ignore[arg-type]
+
+
 def test_a_range_without_zero_goes_with_no_mean() -> None:
     low, high = InputSpec((3, 4, 4), 20, 300, std=(10.0,)).bounds(torch.empty(0))
     assert (float(low), float(high)) == (2, 30)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,15 @@ class ClusterQDataLoader:
         progress: Progress = SILENT,
     ) -> None:
         for name, value in (("sampling_size", sampling_size), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        if not _is_whole(seed) or not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
+        if settings is not None and not isinstance(settings, ClusterQSettings):
+            raise ValueError(
+                f"settings is {settings!r}; it must be a ClusterQSettings, such as "
+                "ClusterQSettings(**ClusterQSettings.PRESETS['fast'])"
+            )
         if batch_size > MOST_PER_BATCH:
             raise ValueError(f"batch_size is {batch_size}; it must be at most {MOST_PER_BATCH}")
         batch_norms(model)
@@ -73,9 +79,9 @@ class ClusterQDataLoader:
         self.num_classes = output.num_classes
         self.model = model
         self.input = input
-        self.sampling_size = sampling_size
-        self.batch_size = batch_size
-        self.seed = seed
+        self.sampling_size = int(sampling_size)
+        self.batch_size = int(batch_size)
+        self.seed = int(seed)
         self.settings = settings if settings is not None else ClusterQSettings()
         self.cache_dir = cache_dir
         self.progress = progress
@@ -126,3 +132,8 @@ class ClusterQDataLoader:
         if self.cache_dir is None:
             return build_dataset(self.model, digest, self.input, self.settings, **request)
         return cached_dataset(self.cache_dir, self.model, digest, self.input, self.settings, **request)
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -95,7 +95,7 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            capture_inputs(layers, lambda seen: (seen.sum().requires_grad, seen.shape[1])) as called,
+            capture_inputs(layers, lambda seen: (seen.square().sum(), seen.shape[1])) as called,
         ):
             probe = spec.middle(2, anchor.device).to(anchor.dtype).requires_grad_()
             logits = module(probe * 1)  # no leaf, so that the model may write over it
@@ -110,12 +110,14 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
                 f"{type(module).__name__} holds {len(layers)} BatchNorm layers but calls none of them, so their "
                 "statistics say nothing of its inputs; calibrate with real inputs through the host's static quantization"
             )
-        if not any(reached for calls in called.values() for reached, _ in calls):
+        reached = [power for calls in called.values() for power, _ in calls if power.requires_grad]
+        if not reached:
             raise ModelError(
                 f"{type(module).__name__} gives no gradient to its input: its forward runs in torch.no_grad() or "
                 "torch.inference_mode(), or detaches what it computes, so nothing can be synthesised by it; "
                 "freeze parameters by requires_grad_(False) instead"
             )
+        _assert_differentiable(module, [*reached, *([logits.square().sum()] if num_classes else [])], probe)
         references = {layer: reference(layer) for layer in called}
         for layer, remembered in references.items():
             if found := [channels for _, channels in called[layer] if channels != len(remembered.moments.mean)]:
@@ -132,6 +134,18 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
             anchor.device,
             anchor.dtype,
         )
+
+
+def _assert_differentiable(module: nn.Module, results: list[Tensor], probe: Tensor) -> None:
+    """A model that runs may still overwrite what its gradient needs, which nobody notices who only applies it."""
+    try:
+        torch.autograd.grad([result for result in results if result.requires_grad], probe)
+    except RuntimeError as error:
+        told = str(error).split(": [")[0].split("\n")[0]  # without the tensors and the advice that PyTorch adds
+        raise ModelError(
+            f"{type(module).__name__} has no gradient with respect to its input, by which images are optimised: {told}; "
+            "let operations in place (inplace=True, a trailing underscore, x += y) return new tensors instead"
+        ) from error
 
 
 def first_aligned(layers: int, wanted: int | None) -> int:

@@ -343,6 +343,17 @@ def test_a_class_that_is_masked_out_hides_no_error(inputs: Tensor) -> None:
     assert told[1] == pytest.approx(told[0], rel=0.5)
 
 
+def test_a_class_that_is_masked_out_by_infinity_is_refused(inputs: Tensor) -> None:
+    class Masked(Shaped):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = super().forward(x)
+            return logits.masked_fill(torch.arange(5) == 2, -torch.inf)
+
+    model = export(Masked().eval(), (inputs[:2],), dynamic_shapes=DYNAMIC)
+    with pytest.raises(ModelError, match=r"not finite for calibration images; .* a finite number such as -1e4"):
+        quantize(model, MRECGConfig(**QUICK), run_fn=lambda model: model(inputs))  # type: ignore[arg-type]
+
+
 def test_a_model_of_logarithms_is_compared_where_it_is_finite(inputs: Tensor) -> None:
     positive = inputs.abs() + 0.1
     model = export(Shaped(logarithm=True).eval(), (positive[:2],), dynamic_shapes=DYNAMIC)

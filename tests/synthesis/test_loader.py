@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,10 +117,15 @@ def test_mistakes_are_said_at_once(trained: nn.Module, spec: InputSpec) -> None:
         ClusterQDataLoader(nn.Sequential(nn.Flatten(), nn.Linear(126, 4)), spec)
     with pytest.raises(ModelError, match="does not take an input of shape"):
         ClusterQDataLoader(trained, InputSpec((3, 9, 7)))
-    mistakes: list[dict[str, Any]] = [{"sampling_size": 0}, {"batch_size": 0}, {"sampling_size": "many"}, {"seed": -1}]
+    mistakes: list[dict[str, Any]] = [
+        {"sampling_size": 0}, {"sampling_size": True}, {"batch_size": 0}, {"sampling_size": "many"}, {"seed": -1}, {"seed": 1.5}
+    ]  # fmt: skip
     for wrong in mistakes:
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; it must be a whole number"):
             ClusterQDataLoader(trained, spec, **wrong)
+    with pytest.raises(ValueError, match=r"settings is 'fast'; it must be a ClusterQSettings"):
+        ClusterQDataLoader(trained, spec, settings="fast")  # type: ignore[arg-type]
+    assert len(ClusterQDataLoader(trained, spec, sampling_size=np.int64(33))) == 2  # type: ignore[arg-type]
 
 
 def test_it_can_be_read_first_where_nothing_is_differentiated(

@@ -144,6 +144,24 @@ def test_a_forward_that_gives_no_gradient_is_refused(context: Callable[[], Abstr
     open_teacher(Cut(nullcontext), InputSpec((3,)))
 
 
+class Overwritten(nn.Module):
+    """Runs and is exported, and has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.linear(x))
+        out: Tensor = self.head(self.norm(gate.mul_(0.5)))
+        return out
+
+
+def test_a_forward_that_overwrites_what_its_gradient_needs_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"Overwritten has no gradient .*modified by an inplace operation; .*new tensors"):
+        open_teacher(Overwritten(), InputSpec((3,)))
+
+
 def test_the_gradient_of_the_input_is_asked_for_whatever_the_caller_has_switched_off() -> None:
     model = Cut(nullcontext)
     with torch.inference_mode():
