@@ -108,6 +108,7 @@ def main() -> None:
         figures[net] = {"float": plain, "splits": splits, "widths": found}
         for width, method in product(widths, options.compared):
             earlier.fill(found[width][method], "nets", net, "widths", width, method)
+        common.write_json(options, {"images": options.images, "nets": figures})  # where the earlier record has it all
         for position, seed in enumerate(options.seeds):
             images = common.synthetic(subject, options, seed) if training is None else common.real(training, options, seed)
             unseen = common.unseen(subject.training, options, seed)

@@ -144,6 +144,8 @@ def test_a_continued_record_keeps_what_it_has_and_measures_the_rest(root: Path, 
     assert both["nearest"]["seconds"][0] == first["nearest"]["seconds"][0]  # a second run would take another time
     assert [len(values["top1"]) for values in both.values()] == [2, 2]
     assert "--seeds 0,1" in json.loads(figures.read_text())["command"]
+    part = measured("0", "BRECQ", "--continue")  # nothing is left to measure
+    assert part == {"BRECQ": {measure: values[:1] for measure, values in both["BRECQ"].items()}}
     refused = run(root, "reconstruction.py", "--data", str(tmp_path), *options, "--limit", "30", "--continue")
     assert "can't be continued: its limit is None, and now it is 30" in refused.stderr
     assert refused.returncode == 1
