@@ -35,7 +35,12 @@ def replace_attribute(graph_module: fx.GraphModule, path: str, value: nn.Paramet
     graph_module.register_parameter(own, value)
     for source in sources:
         for reader in [reader for reader in source.users if reader in readers]:
-            with graph.inserting_before(reader):
-                copy = graph.get_attr(own)
-            copy.meta.update(source.meta)
-            reader.replace_input_with(source, copy)
+            read_instead(reader, source, own)
+
+
+def read_instead(reader: fx.Node, source: fx.Node, path: str) -> None:
+    """Let `reader` read the attribute at `path`, of the same kind, in place of the node `source`."""
+    with reader.graph.inserting_before(reader):
+        own = reader.graph.get_attr(path)
+    own.meta.update(source.meta)
+    reader.replace_input_with(source, own)

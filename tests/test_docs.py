@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+RECORDS = sorted((ROOT / "docs" / "figures").glob("*.json"))
 
 
 def prose(page: Path) -> str:
@@ -34,3 +36,10 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.stem)
+def test_the_command_of_a_record_writes_it_again_wherever_the_checkout_is(record: Path) -> None:
+    command = json.loads(record.read_text(encoding="utf-8"))["command"]
+    assert command.endswith(f" --json {record.relative_to(ROOT)}")
+    assert not re.search(r"(^|[\s=])/", command)

@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from inc_clusterq.attributes import attribute, unused_name
+from inc_clusterq.attributes import attribute, read_instead, unused_name
 from inc_clusterq.canonical.weights import BIAS
 from inc_clusterq.reconstruction.graph import WEIGHTED
 
@@ -52,10 +52,7 @@ def isolate_folds(graph_module: fx.GraphModule) -> int:
                 continue
             own = unused_name(graph_module, f"{product.name}_{target.rpartition('.')[2]}")
             graph_module.register_parameter(own, nn.Parameter(value.detach().clone(), requires_grad=False))
-            with graph.inserting_before(product):
-                copy = graph.get_attr(own)
-            copy.meta = dict(source.meta)
-            product.replace_input_with(source, copy)
+            read_instead(product, source, own)
             readers[target] -= 1
             changed += 1
     if changed:

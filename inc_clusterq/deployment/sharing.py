@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from inc_clusterq.attributes import unused_name
+from inc_clusterq.attributes import read_instead, unused_name
 from inc_clusterq.deployment.backend import DEQUANTIZE_WEIGHT
 
 CONSTANTS = (0, 1)  # places of integers and scales among the arguments
@@ -24,9 +24,6 @@ def separate_shared_weights(graph_module: fx.GraphModule) -> None:
                 value: Tensor = graph_module.get_buffer(name)
                 name = unused_name(graph_module, f"{name}_again")
                 graph_module.register_buffer(name, value.clone())
-                with graph.inserting_before(node):
-                    copied = graph.get_attr(name)
-                copied.meta.update(constant.meta)
-                node.update_arg(place, copied)
+                read_instead(node, constant, name)
             taken.add(name)
     graph_module.recompile()

@@ -139,7 +139,7 @@ def teach(module: nn.Module, spec: InputSpec, *, num_classes: int, first_aligned
 def _assert_differentiable(module: nn.Module, results: list[Tensor], probe: Tensor) -> None:
     """A model that runs may still overwrite what its gradient needs, which nobody notices who only applies it."""
     try:
-        torch.autograd.grad([result for result in results if result.requires_grad], probe)
+        torch.autograd.grad([result for result in results if result.requires_grad], probe, allow_unused=True)
     except RuntimeError as error:
         told = str(error).split(": [")[0].split("\n")[0]  # without the tensors and the advice that PyTorch adds
         raise ModelError(
