@@ -72,6 +72,8 @@ def _walk(
 ) -> None:
     if any(node is ancestor for ancestor in ancestors):
         raise yaml.MarkedYAMLError(problem=f"{'.'.join(at)} contains itself", problem_mark=node.start_mark if node else None)
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+        raise yaml.MarkedYAMLError(problem="a text holds the character NUL, which no name can", problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
             _walk(item, (*at, str(position)), [*ancestors, node], lines, repeated)

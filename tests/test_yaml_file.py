@@ -58,6 +58,7 @@ def test_a_merged_mapping_is_no_repeated_key(tmp_path: Path) -> None:
         ("? [1, 2]\n: 3\n", "a key must be a plain word"),
         ("a: 2026-02-31\n", "holds a value that YAML cannot read"),
         ("a: \x07\n", "not valid YAML"),
+        ('a: 1\nb: "x\\0"\n', "line 2, column 4: not valid YAML: a text holds the character NUL"),
     ],
 )
 def test_a_file_that_is_not_one_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
