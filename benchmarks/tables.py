@@ -15,7 +15,7 @@ from typing import Any
 
 import synthesis_table
 from deployment_table import FLOAT, HEADINGS, rows
-from page import cell, conditions, made_by, row, table, unfinished
+from page import cell, conditions, environment, made_by, row, table, unfinished
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- written by benchmarks/tables.py -->", "<!-- end -->"
@@ -84,15 +84,22 @@ def _summary(records: list[dict[str, Any]]) -> str:
 
 
 def _deployment(records: list[dict[str, Any]]) -> str:
-    head = ["network", *HEADINGS]
-    lines = [row(head), row(["---"] * len(head))]
+    """A section for each machine, since latencies of one do not compare with those of another."""
+    machines: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        for net, found in record["models"].items():
-            lines += [row([net if model[0] == FLOAT else "", *model]) for model in rows(found)]
-    conditions = {(record["threads"], record["cpu"], *record["environment"].items()) for record in records}
-    for threads, cpu, *environment in sorted(conditions, key=str):
-        versions = ", ".join(f"{name} {value}" for name, value in environment)
-        lines += ["", f"{threads} thread(s), {cpu}; {versions}."]
+        machine = f"{record['threads']} thread(s), {record['cpu']}; {environment(record)}."
+        machines.setdefault(machine, []).append(record)
+    return "\n".join(_deployed_on(machine, machines[machine]) for machine in sorted(machines))
+
+
+def _deployed_on(machine: str, records: list[dict[str, Any]]) -> str:
+    cells = [
+        [net if model[0] == FLOAT else "", *model]
+        for record in records
+        for net, found in record["models"].items()
+        for model in rows(found)
+    ]
+    lines = [f"### {records[0]['cpu']}", "", *table(["network", *HEADINGS], cells), "", machine]
     return "\n".join([*lines, "", "```", *[record["command"] for record in records], "```", ""])
 
 
