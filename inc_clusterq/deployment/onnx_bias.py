@@ -121,10 +121,7 @@ def sums_scale(x_scale: float, weight_scale: Array, shift: int) -> Array:
 
 def _reachable(graph: Graph, operands: Operands) -> tuple[Array, Array]:
     """Lowest and highest sum of each channel, in multiples of the unit, shape (out, 1) each."""
-    clip = graph.producer.get(operands.x.input[0])
-    low, high = 0, STORED_MAX
-    if clip is not None and clip.op_type == "Clip":
-        low, high = (int(graph.constants[name].item()) for name in clip.input[1:3])
+    low, high = _limits(graph, operands.x.input[0])
     zero = int(operands.x_zero.item())
     weight = operands.weight.reshape(len(operands.weight), -1).astype(np.int64) // operands.widened
     products = np.stack([weight * (low - zero), weight * (high - zero)])
@@ -162,10 +159,20 @@ def between_borders(
 
 def _spare_bits(graph: Graph, dequantize: NodeProto) -> int:
     """High bits that the integers in front of a dequantize node leave empty."""
-    clip = graph.producer.get(dequantize.input[0])
-    if clip is None or clip.op_type != "Clip":
-        return 0
-    return 8 - max(int(graph.constants[clip.input[2]]), 1).bit_length()
+    return 8 - max(_limits(graph, dequantize.input[0])[1], 1).bit_length()
+
+
+def _limits(graph: Graph, name: str) -> tuple[int, int]:
+    """Least and most of 8-bit integers: those of the clip that they come from, whether or not they are padded behind it."""
+    node = graph.producer.get(name)
+    if node is not None and node.op_type == "Clip":
+        low, high = (int(graph.constants[limit].item()) for limit in node.input[1:3])
+        return low, high
+    if node is None or node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":
+        return 0, STORED_MAX
+    beside = graph.constants.get(node.input[2], np.array(STORED_MAX)) if len(node.input) > 2 else np.array(0)
+    low, high = _limits(graph, node.input[0])
+    return min(low, int(beside)), max(high, int(beside))
 
 
 def levels_of(graph: Graph, node: NodeProto) -> int:
