@@ -250,8 +250,9 @@ def test_a_quantizer_that_two_units_share_stays_as_its_first_unit_left_it(
     report, graph, outputs = run(name, settings)
     with torch.no_grad(), in_mode(graph.graph_module, Mode.FLOAT):
         targets = graph.graph_module(inputs)
-    # The losses are measured on the way, so they agree with the end only if nothing changed behind them.
-    assert report.units[-1].loss == pytest.approx(float((outputs - targets).square().sum(1).mean()), rel=1e-5)
+    # The losses are measured on the way, so they agree with the end only if nothing changed behind them. They are of the order
+    # of float32's own rounding here, which differs from machine to machine.
+    assert report.units[-1].loss == pytest.approx(float((outputs - targets).square().sum(1).mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["transposed", "in_place", "shuffle"])
