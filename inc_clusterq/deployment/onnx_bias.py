@@ -20,6 +20,7 @@ from inc_clusterq.deployment.onnx_graph import Array, Graph, attribute
 
 FULL_LEVELS = 129  # fewer are below 8 bits; a ReLU6 may cut a few off the 256
 STRETCHES = (1.0, *(1 + sign * step / 5000 for step in range(1, 51) for sign in (1, -1)))  # of a weight scale
+PICKING = ("MaxPool", "Transpose", "Reshape", "Flatten")  # their outputs are among their inputs
 SMALL_WEIGHT = 63  # products of 8-bit activations with weights up to here never saturate 16 bits, with or without VNNI
 
 
@@ -163,11 +164,13 @@ def _spare_bits(graph: Graph, dequantize: NodeProto) -> int:
 
 
 def _limits(graph: Graph, name: str) -> tuple[int, int]:
-    """Least and most of 8-bit integers: those of the clip that they come from, whether or not they are padded behind it."""
+    """Least and most of 8-bit integers: those of the clip that they come from, through what pads, moves or picks them."""
     node = graph.producer.get(name)
     if node is not None and node.op_type == "Clip":
         low, high = (int(graph.constants[limit].item()) for limit in node.input[1:3])
         return low, high
+    if node is not None and node.op_type in PICKING:
+        return _limits(graph, node.input[0])
     if node is None or node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":
         return 0, STORED_MAX
     beside = graph.constants.get(node.input[2], np.array(STORED_MAX)) if len(node.input) > 2 else np.array(0)

@@ -155,13 +155,15 @@ def test_borders_that_no_sum_reaches_do_not_narrow_the_bias() -> None:
     assert (low[0], high[0]) == (0.25 - 8, 2.5)
 
 
-def test_behind_a_padding_no_sum_of_4_bits_changes_its_level() -> None:
+@pytest.mark.parametrize("between", ["Pad", "Reshape"])
+def test_behind_a_padding_or_a_reshape_no_sum_of_4_bits_changes_its_level(between: str) -> None:
     rng, channels = np.random.default_rng(0), 1024
     constants = {
         "scale_1": np.float32(0.388),
         "scale_2": np.float32(0.385),
         "zero": np.uint8(0),
         "widths": np.array([0, 0, 0, 0, 0, 0, 1, 1]),
+        "shape": np.array([1, channels, 16, 64]),
         "least": np.float32(0),
         "most_1": np.float32(15 * 0.388),
         "most_2": np.float32(15 * 0.385),
@@ -174,15 +176,18 @@ def test_behind_a_padding_no_sum_of_4_bits_changes_its_level() -> None:
     nodes = [
         make("Clip", ["input", "least", "most_1"], ["clipped_1"]),
         make("QuantizeLinear", ["clipped_1", "scale_1", "zero"], ["levels_1"]),
-        make("Pad", ["levels_1", "widths", "zero"], ["padded"]),
-        make("DequantizeLinear", ["padded", "scale_1", "zero"], ["x"]),
+        {
+            "Pad": make("Pad", ["levels_1", "widths", "zero"], ["between"]),
+            "Reshape": make("Reshape", ["levels_1", "shape"], ["between"]),
+        }[between],
+        make("DequantizeLinear", ["between", "scale_1", "zero"], ["x"]),
         make("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["real_weight"], axis=0),
         make("Conv", ["x", "real_weight", "bias"], ["sums"], name="conv", group=channels, strides=[2, 2]),
         make("Clip", ["sums", "least", "most_2"], ["clipped_2"]),
         make("QuantizeLinear", ["clipped_2", "scale_2", "zero"], ["levels_2"]),
         make("DequantizeLinear", ["levels_2", "scale_2", "zero"], ["output"]),
     ]
-    model = _model(nodes, constants, {"input": [1, channels, 32, 32], "output": [1, channels, 16, 16]})
+    model = _model(nodes, constants, {"input": [1, channels, 32, 32], "output": [1, channels, None, None]})
     x = rng.uniform(-1, 7, (1, channels, 32, 32)).astype(np.float32)
     expected = ReferenceEvaluator(model).run(None, {"input": x})[0]  # type: ignore[index]
     session = onnxruntime.InferenceSession(rewrite(model).SerializeToString(), providers=["CPUExecutionProvider"])
@@ -226,7 +231,7 @@ def test_a_second_rounding_to_other_levels_is_kept_and_what_is_behind_it_runs_in
     assert "QLinearConv" in {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
 
 
-def _model(nodes: list[onnx.NodeProto], constants: dict[str, Any], ends: dict[str, list[int]]) -> onnx.ModelProto:
+def _model(nodes: list[onnx.NodeProto], constants: dict[str, Any], ends: dict[str, list[int | None]]) -> onnx.ModelProto:
     values = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     infos = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in ends.items()]
     for node in nodes:
