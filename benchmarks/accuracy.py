@@ -17,8 +17,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import common
+import measuring
+import quantizing
+import recording
+import subjects
 import torch
+from arguments import IMAGES, Options, parse
 from continuing import Earlier
 from page import cell
 from rich.console import Console
@@ -33,30 +37,30 @@ COLUMNS = (NOISE, *REAL, OURS)
 
 def main() -> None:
     """Run every network, width and seed."""
-    options = common.parse(__doc__, "resnet20,mobilenet_v1_025,mcunet_320kb", continues=True)
+    options = parse(__doc__, "resnet20,mobilenet_v1_025,mcunet_320kb", continues=True)
     console = Console(width=140)
-    common.print_head(f"Accuracy with {common.IMAGES} calibration images", options, console)
+    recording.print_head(f"Accuracy with {IMAGES} calibration images", options, console)
     earlier, figures = Earlier(options), dict[str, Any]()
     for net in options.nets:
-        subject = common.subject(options, net)
+        subject = subjects.load(options, net)
         console.print(f"{net}: {subject.splits}", highlight=False)
         for found in _measured(net, subject, options, earlier, console):
             figures[net] = found
-            common.write_json(options, {"images": common.IMAGES, "top1": figures})
+            recording.write_json(options, {"images": IMAGES, "top1": figures})
         rows = [[width, *[cell(found[column]) for column in COLUMNS]] for width, found in figures[net]["top1"].items()]
         title = f"{net}, float {figures[net]['float']:.2f}"
-        common.print_table(title, ("width", *COLUMNS), rows, console)
+        recording.print_table(title, ("width", *COLUMNS), rows, console)
 
 
 def _measured(
-    net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console
+    net: str, subject: subjects.Subject, options: Options, earlier: Earlier, console: Console
 ) -> Iterator[dict[str, Any]]:
     """The figures of a network as they grow, model by model."""
     adaptor = NeuralCompressorAdaptor()
     exported = adaptor.export(subject.model)
 
     def score(model: torch.nn.Module) -> float:
-        return common.top1(model, subject.test_inputs, subject.test_labels)
+        return measuring.top1(model, subject.test_inputs, subject.test_labels)
 
     widths = [f"W{weight}A{activation}" for weight, activation in options.widths]
     top1: dict[str, dict[str, list[float]]] = {width: {column: [] for column in COLUMNS} for width in widths}
@@ -79,23 +83,23 @@ def _measured(
         if not lacking:
             continue
         generator = torch.Generator().manual_seed(seed)
-        images = {NOISE: torch.randn(common.IMAGES, *subject.model.input.shape, generator=generator)}
+        images = {NOISE: torch.randn(IMAGES, *subject.model.input.shape, generator=generator)}
         if subject.training is not None:
-            real = subject.training[torch.randperm(len(subject.training), generator=generator)[: common.IMAGES]]
+            real = subject.training[torch.randperm(len(subject.training), generator=generator)[:IMAGES]]
             images |= dict.fromkeys(REAL, real)
         if any(column == OURS for _, column in lacking):
             began = time.perf_counter()
-            images[OURS] = common.synthetic(subject, options, seed)
+            images[OURS] = subjects.synthetic(subject, options, seed)
             if len(seconds) == position:
                 seconds.append(time.perf_counter() - began)
         for width, column in lacking:
             began, inputs = time.perf_counter(), images[column]
             if column.startswith("INC"):
-                model = adaptor.quantize_static(exported, inputs.split(common.BATCH))
+                model = adaptor.quantize_static(exported, inputs.split(quantizing.BATCH))
             else:
                 keys = NEAREST if column == "nearest, real" else {}
                 bits = int(width[1]), int(width[3])
-                model = common.reconstructed(exported, inputs, *bits, seed, options, **keys)
+                model = quantizing.reconstructed(exported, inputs, *bits, seed, options, **keys)
             top1[width][column].append(score(model))
             spent = time.perf_counter() - began
             console.print(f"  seed {seed} {width} {column}: {top1[width][column][-1]:.2f} in {spent:.0f} s", highlight=False)

@@ -10,7 +10,7 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-from common import Options
+from arguments import Options
 
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
 from inc_clusterq.environment import environment

@@ -29,8 +29,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import common
+import recording
+import subjects
 import torch
+from arguments import Options, parse
 from deployment_table import EAGER, FLOAT, HEADINGS, OURS, STATIC, rows
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -73,11 +75,11 @@ save_file({"logits": torch.cat([model(image) for image in inputs.split(1)])}, sy
 def main() -> None:
     """Run every network and width."""
     nets = ",".join((*RANDOM, "mcunet_320kb", "mobilenet_v1_025", "resnet20"))
-    options = common.parse(__doc__, nets, "W8A8,W4A4", seeds="0", has_preset=False)
+    options = parse(__doc__, nets, "W8A8,W4A4", seeds="0", has_preset=False)
     if len(options.seeds) > 1:
         sys.exit(f"--seeds names {len(options.seeds)}; one is enough here, where nothing is averaged over seeds")
     console = Console(width=150)
-    common.print_head(f"Deployment, {torch.get_num_threads()} thread(s), {cpu()}", options, console)
+    recording.print_head(f"Deployment, {torch.get_num_threads()} thread(s), {cpu()}", options, console)
     figures: dict[str, Any] = {}
     for net in options.nets:
         model, calibration, inputs, labels = _subject(options, net)
@@ -87,15 +89,15 @@ def main() -> None:
                 figures[title] = _measure(
                     model, calibration, inputs, labels, (weight, activation), options.seeds[0], Path(folder)
                 )
-            common.print_table(title, HEADINGS, rows(figures[title]), console)
-            common.write_json(options, {"threads": torch.get_num_threads(), "cpu": str(cpu()), "models": figures})
+            recording.print_table(title, HEADINGS, rows(figures[title]), console)
+            recording.write_json(options, {"threads": torch.get_num_threads(), "cpu": str(cpu()), "models": figures})
 
 
-def _subject(options: common.Options, net: str) -> tuple[FloatModel, Tensor, Tensor, Tensor | None]:
+def _subject(options: Options, net: str) -> tuple[FloatModel, Tensor, Tensor, Tensor | None]:
     """The model, calibration images (noise where there are no training images), inputs for the parity, and their labels."""
     generator = torch.Generator().manual_seed(options.seeds[0])
     if net not in RANDOM:
-        subject = common.subject(options, net)
+        subject = subjects.load(options, net)
         calibration = torch.randn(CALIBRATION, *subject.model.input.shape, generator=generator)
         if subject.training is not None:
             calibration = subject.training[:CALIBRATION]

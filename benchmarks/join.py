@@ -1,7 +1,7 @@
 """Join records of one benchmark that several processes made side by side: other seeds, networks, sources or methods each.
 
-All must be of this version, the same machine and the same call but for these; what two of them have both measured must be the
-same.
+All must be of this version and the same call but for these. What two of them have both measured must be the same. Seeds may
+come from several machines, one seed from one only, so that methods and sources are compared on the same; `machines` tells.
 
     python benchmarks/join.py PART.json PART.json ... --json docs/figures/NAME.json
 """
@@ -20,7 +20,8 @@ from page import unfinished
 
 LISTED = ("--nets", "--widths", "--sources", "--methods", "--presets")  # of which one record may have what another lacks
 OWN = (*LISTED, "--seeds", "--json")  # arguments in which calls of one record may differ
-CONDITIONS = ("environment", "preset", "limit", "images")  # which equal calls on one machine have in common
+CONDITIONS = ("preset", "limit", "images")  # which equal calls have in common
+MACHINE = ("processor", "instruction set", "processors")  # of the environment, in which seeds may differ
 
 
 def main() -> None:
@@ -46,16 +47,21 @@ def joined(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     for record in records:
         if "seeds" not in record:
             raise ValueError(f"{record.get('command', 'one of the files')} is no call with seeds, and can't be joined")
-        _merged(first["environment"], record["environment"], "environment")
+        _merged(_without_machine(first), _without_machine(record), "environment")
         _merged(_call(first), _call(record), "call")
     by_seed: dict[int, dict[str, Any]] = {}
     for record in records:
         for position, seed in enumerate(record["seeds"]):
-            by_seed[seed] = _merged(by_seed.get(seed, {}), _of_seed(record, position), f"seed {seed}")
+            of_seed = _of_seed({**record, "machines": _machines(record)}, position)
+            by_seed[seed] = _merged(by_seed.get(seed, {}), of_seed, f"seed {seed}")
     seeds = sorted(by_seed)
+    figures = _stacked([by_seed[seed] for seed in seeds])
+    machines = figures.pop("machines")
+    several = any(machine != machines[0] for machine in machines)
+    where = {"environment": _without_machine(first), "machines": machines} if several else {"environment": first["environment"]}
     head = {key: first[key] for key in CONDITIONS if key in first}
     command = _command([record["command"] for record in records], seeds, name)
-    whole = {"command": command, **head, "seeds": seeds, **_stacked([by_seed[seed] for seed in seeds])}
+    whole = {"command": command, **where, **head, "seeds": seeds, **figures}
     if missing := unfinished(whole):
         raise ValueError(f"not every seed has {missing[0]}")
     return whole
@@ -69,6 +75,17 @@ def _read(file: Path) -> dict[str, Any]:
     return record
 
 
+def _without_machine(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record["environment"].items() if key not in MACHINE}
+
+
+def _machines(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The machine of each seed."""
+    machine = {key: value for key, value in record["environment"].items() if key in MACHINE}
+    machines: list[dict[str, str]] = record.get("machines", [machine] * len(record["seeds"]))
+    return machines
+
+
 def _of_seed(record: dict[str, Any], position: int) -> dict[str, Any]:
     """The figures of one seed, each a list of one."""
 
@@ -77,7 +94,7 @@ def _of_seed(record: dict[str, Any], position: int) -> dict[str, Any]:
             return {key: cut(inner) for key, inner in value.items()}
         return value[position : position + 1] if isinstance(value, list) else value
 
-    return {key: cut(value) for key, value in record.items() if key not in ("command", "seeds", *CONDITIONS)}
+    return {key: cut(value) for key, value in record.items() if key not in ("command", "environment", "seeds", *CONDITIONS)}
 
 
 def _merged(one: Any, other: Any, where: str) -> Any:

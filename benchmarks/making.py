@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
+import measuring
+import subjects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Made:
     start_mb: float | None = None  # what model, torch and host took of it before the synthesis began
 
 
-def make(subject: common.Subject, settings: ClusterQSettings, images: int, seed: int, data: Path) -> Made:
+def make(subject: subjects.Subject, settings: ClusterQSettings, images: int, seed: int, data: Path) -> Made:
     """The set of a network of the data folder."""
     model = subject.model
     with tempfile.TemporaryDirectory() as folder, _alone() as process:
@@ -64,9 +65,9 @@ def _synthesise(
     data: Path, net: str, spec: InputSpec, num_classes: int, settings: ClusterQSettings, images: int, seed: int, file: Path
 ) -> tuple[float, float, float]:
     """Write the set to `file`; returns COSTS."""
-    module = common.load_module(data).model(net)[0].float().eval().requires_grad_(False)
-    start, began = common.memory_mb("VmRSS"), time.perf_counter()
+    module = subjects.load_module(data).model(net)[0].float().eval().requires_grad_(False)
+    start, began = measuring.memory_mb("VmRSS"), time.perf_counter()
     inputs, labels = synthesise(module, spec, settings, num_classes=num_classes, samples=images, seed=seed)
     seconds = time.perf_counter() - began
     save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, file)
-    return seconds, common.memory_mb("VmHWM"), start
+    return seconds, measuring.memory_mb("VmHWM"), start

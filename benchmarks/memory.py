@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
+import measuring
+import quantizing
+import recording
 import torch
 import torchvision
 from rich.console import Console
@@ -44,8 +46,8 @@ class Peaks:
 
     def look(self) -> None:
         """Take down what is used now; the system itself keeps the highest resident memory, and of private memory nothing."""
-        self.private_mb = max(self.private_mb, common.memory_mb("RssAnon"))
-        self.resident_mb = common.memory_mb("VmHWM")
+        self.private_mb = max(self.private_mb, measuring.memory_mb("RssAnon"))
+        self.resident_mb = measuring.memory_mb("VmHWM")
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     budget = {} if given.budget is None else {"memory_budget": given.budget}
     settings = ReconstructionSettings.model_validate({"iterations": given.iterations, "granularity": "modcap", **budget})
     console.print(f"{given.net}, {given.images} images of {given.size} pixels, W4A8, seed {given.seed}", highlight=False)
-    common.print_environment(console)
+    recording.print_environment(console)
 
     torch.manual_seed(given.seed)
     spec = InputSpec((3, given.size, given.size))
@@ -73,7 +75,7 @@ def main() -> None:
     exported = NeuralCompressorAdaptor().export(FloatModel(given.net, module, spec, CLASSES, fingerprint(module, spec)))
     images = torch.rand(given.images, *spec.shape)
     with _watched() as peaks, tempfile.TemporaryDirectory() as workspace:
-        common.one_trial(exported, images, 4, 8, settings, given.seed, Path(workspace))
+        quantizing.one_trial(exported, images, 4, 8, settings, given.seed, Path(workspace))
     figures = {
         "net": given.net,
         "images": given.images,
@@ -86,7 +88,7 @@ def main() -> None:
     }
     console.print(", ".join(f"{name} {value}" for name, value in figures.items()), highlight=False, soft_wrap=True)
     if given.json is not None:
-        common.record(given.json, f"python benchmarks/memory.py {shlex.join(sys.argv[1:])}", figures)
+        recording.write(given.json, f"python benchmarks/memory.py {shlex.join(sys.argv[1:])}", figures)
 
 
 @contextmanager
@@ -98,7 +100,7 @@ def _watched() -> Iterator[Peaks]:
         while not over.wait(EVERY):
             peaks.look()
 
-    common.forget_peak()
+    measuring.forget_peak()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

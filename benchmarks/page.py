@@ -55,5 +55,13 @@ def made_by(record: dict[str, Any]) -> list[str]:
 
 
 def environment(record: dict[str, Any]) -> str:
-    """Versions and machine, in words."""
-    return ", ".join(f"{name} {value}" for name, value in record["environment"].items())
+    """Versions and machine, or which seeds were measured on which, in words."""
+    seeds: dict[str, list[str]] = {}
+    for seed, machine in zip(record.get("seeds", ()), record.get("machines", ()), strict=False):
+        seeds.setdefault(_in_words(machine), []).append(str(seed))
+    machines = [f"seeds {', '.join(of_machine)} on {machine}" for machine, of_machine in seeds.items()]
+    return "; ".join([_in_words(record["environment"]), *machines])
+
+
+def _in_words(names: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in names.items())

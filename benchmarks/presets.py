@@ -7,7 +7,9 @@ The number of threads is that of the environment (OMP_NUM_THREADS) and is record
 
 from __future__ import annotations
 
-import common
+import recording
+import subjects
+from arguments import parse
 from making import COSTS, make
 from page import cell
 from rich.console import Console
@@ -19,7 +21,7 @@ DEFAULT = "fast,balanced"
 
 def main() -> None:
     """Time every network, seed and preset."""
-    options = common.parse(
+    options = parse(
         __doc__,
         "resnet20,mobilenet_v1_025",
         widths=None,
@@ -30,10 +32,10 @@ def main() -> None:
         has_preset=False,
     )
     console = Console(width=100)
-    common.print_head(f"Synthesis of {options.images} images", options, console)
+    recording.print_head(f"Synthesis of {options.images} images", options, console)
     figures: dict[str, dict[str, dict[str, list[float]]]] = {}
     for net in options.nets:
-        subject = common.subject(options, net)
+        subject = subjects.load(options, net)
         found: dict[str, dict[str, list[float]]] = {preset: {cost: [] for cost in COSTS} for preset in options.compared}
         figures[net] = found
         for seed in options.seeds:
@@ -42,9 +44,9 @@ def main() -> None:
                 made = make(subject, settings, options.images, seed, options.data)
                 for cost in COSTS:
                     costs[cost].append(getattr(made, cost))
-                common.write_json(options, {"images": options.images, "presets": figures})
+                recording.write_json(options, {"images": options.images, "presets": figures})
         rows = [[preset, cell(costs["seconds"], 0), cell(costs["peak_mb"], 0)] for preset, costs in found.items()]
-        common.print_table(net, ("preset", "seconds", "peak MB"), rows, console)
+        recording.print_table(net, ("preset", "seconds", "peak MB"), rows, console)
 
 
 if __name__ == "__main__":

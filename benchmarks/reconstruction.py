@@ -34,7 +34,11 @@ import time
 from itertools import pairwise, product
 from typing import Any
 
-import common
+import measuring
+import quantizing
+import recording
+import subjects
+from arguments import parse
 from continuing import Earlier
 from page import cell
 from rich.console import Console
@@ -78,7 +82,7 @@ MEASURES = ("top1", "output_error", "largest_loss", "largest_ratio", "seconds", 
 
 def main() -> None:
     """Run every network, width, seed and method."""
-    options = common.parse(
+    options = parse(
         __doc__,
         "resnet20,mobilenet_v1_025",
         "W4A4,W2A4",
@@ -90,10 +94,10 @@ def main() -> None:
     )
     console = Console(width=140)
     kind = "synthetic" if options.synthetic else "real training"
-    common.print_head(f"Reconstruction with {options.images} {kind} images", options, console)
+    recording.print_head(f"Reconstruction with {options.images} {kind} images", options, console)
     earlier, figures = Earlier(options), dict[str, Any]()
     for net in options.nets:
-        subject = common.subject(options, net)
+        subject = subjects.load(options, net)
         training = None if options.synthetic else subject.training
         if not options.synthetic and (training is None or len(training) < options.images):
             console.print(f"{net}: there are not {options.images} training images for it; left out", highlight=False)
@@ -103,15 +107,15 @@ def main() -> None:
         found: dict[str, dict[str, dict[str, list[float]]]] = {
             width: {method: {measure: [] for measure in MEASURES} for method in options.compared} for width in widths
         }
-        plain = common.top1(subject.model.module, subject.test_inputs, subject.test_labels)
+        plain = measuring.top1(subject.model.module, subject.test_inputs, subject.test_labels)
         splits = f"synthetic calibration images, {subject.test_split}" if options.synthetic else subject.splits
         figures[net] = {"float": plain, "splits": splits, "widths": found}
         for width, method in product(widths, options.compared):
             earlier.fill(found[width][method], "nets", net, "widths", width, method)
-        common.write_json(options, {"images": options.images, "nets": figures})  # where the earlier record has it all
+        recording.write_json(options, {"images": options.images, "nets": figures})  # where the earlier record has it all
         for position, seed in enumerate(options.seeds):
-            images = common.synthetic(subject, options, seed) if training is None else common.real(training, options, seed)
-            unseen = common.unseen(subject.training, options, seed)
+            images = subjects.synthetic(subject, options, seed) if training is None else subjects.real(training, options, seed)
+            unseen = subjects.unseen(subject.training, options, seed)
             for width, method in product(widths, options.compared):
                 if len(found[width][method]["top1"]) > position:
                     continue
@@ -121,13 +125,13 @@ def main() -> None:
                     found[width][method][measure].append(value)
                 line = ", ".join(f"{measure} {value:.4g}" for measure, value in values.items())
                 console.print(f"  {net} seed {seed} {width} {method}: {line}", highlight=False)
-                common.write_json(options, {"images": options.images, "nets": figures})
+                recording.write_json(options, {"images": options.images, "nets": figures})
         rows = [
             [width, method, *[cell(values[measure]) for measure in MEASURES]]
             for width, methods in found.items()
             for method, values in methods.items()
         ]
-        common.print_table(f"{net}, float {plain:.2f}", ("width", "method", *MEASURES), rows, console)
+        recording.print_table(f"{net}, float {plain:.2f}", ("width", "method", *MEASURES), rows, console)
 
 
 def _measured(
@@ -136,18 +140,18 @@ def _measured(
     width: str,
     settings: ReconstructionSettings,
     seed: int,
-    subject: common.Subject,
+    subject: subjects.Subject,
     unseen: Tensor | None,
 ) -> dict[str, float]:
     """One run: every one of MEASURES, but for the error of the outputs where there are no images for it."""
-    common.forget_peak()
+    measuring.forget_peak()
     began = time.perf_counter()
-    outcome = common.one_trial(exported, images, int(width[1]), int(width[3]), settings, seed)
-    seconds, peak = time.perf_counter() - began, common.memory_mb("VmHWM")
-    accuracy = common.top1(outcome.model, subject.test_inputs, subject.test_labels)
+    outcome = quantizing.one_trial(exported, images, int(width[1]), int(width[3]), settings, seed)
+    seconds, peak = time.perf_counter() - began, measuring.memory_mb("VmHWM")
+    accuracy = measuring.top1(outcome.model, subject.test_inputs, subject.test_labels)
     values = {"top1": accuracy}
     if unseen is not None:
-        values["output_error"] = common.output_error(outcome.model, subject.model.module, unseen)
+        values["output_error"] = measuring.output_error(outcome.model, subject.model.module, unseen)
     largest_loss, largest_ratio = oscillation(outcome.reconstruction)
     return values | {"largest_loss": largest_loss, "largest_ratio": largest_ratio, "seconds": seconds, "peak_mb": peak}
 

@@ -15,7 +15,9 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import common
+import measuring
+import quantizing
+import recording
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -96,7 +98,7 @@ def main() -> None:
     given = parser.parse_args()
     console = Console(width=120)
     console.print(f"Steps of a unit: seed {given.seed}, median of {given.rounds} rounds of {given.steps}", highlight=False)
-    common.print_environment(console)
+    recording.print_environment(console)
     found: dict[str, dict[str, list[float]]] = {}
     for channels, size in SIZES:
         torch.manual_seed(given.seed)
@@ -109,15 +111,15 @@ def main() -> None:
         }
         for run in timed.values():
             run()  # the first costs more
-        rounds = [{name: common.milliseconds(run) / given.steps for name, run in timed.items()} for _ in range(given.rounds)]
+        rounds = [{name: measuring.milliseconds(run) / given.steps for name, run in timed.items()} for _ in range(given.rounds)]
         found[f"{channels} x {size} x {size}"] = {name: [one[name] for one in rounds] for name in timed}
     rows = [[output, *[f"{statistics.median(times):.2f}" for times in by_name.values()]] for output, by_name in found.items()]
-    common.print_table("Milliseconds per step", ("output", *timed), rows, console)
+    recording.print_table("Milliseconds per step", ("output", *timed), rows, console)
     if given.json:
         words = (
             f"python benchmarks/step.py --steps {given.steps} --rounds {given.rounds} --seed {given.seed} --json {given.json}"
         )
-        common.record(given.json, words, {"of": "a unit", "milliseconds": found})
+        recording.write(given.json, words, {"of": "a unit", "milliseconds": found})
 
 
 def _plain(block: Block, images: Tensor, steps: int) -> Callable[[], None]:
@@ -150,7 +152,7 @@ def _ours(block: Block, images: Tensor, steps: int, seed: int, keys: dict[str, i
     settings = ReconstructionSettings.model_validate(
         {"iterations": steps, "validation_share": 0, "start": "nearest", "correct_bias": False, **keys}
     )
-    quantized = common.quantized_graph(block, images, BITS, settings, IMAGES)
+    quantized = quantizing.quantized_graph(block, images, BITS, settings, IMAGES)
     begin = {name: tensor.clone() for name, tensor in quantized.graph_module.state_dict().items()}
     units = [extract(quantized.graph_module, unit) for unit in quantized.units]
     with torch.no_grad():

@@ -24,8 +24,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import common
+import measuring
+import quantizing
+import recording
+import subjects
 import torch
+from arguments import Options, parse
 from continuing import Earlier
 from making import COSTS, Made, make
 from page import cell
@@ -70,7 +74,7 @@ MEASURES = ("statistics_distance", "implied_coverage", "implied_excess", "variat
 
 def main() -> None:
     """Run every network, seed and source."""
-    options = common.parse(
+    options = parse(
         __doc__,
         "resnet20",
         widths="W4A8,W4A4",
@@ -80,17 +84,17 @@ def main() -> None:
         continues=True,
     )
     console = Console(width=140)
-    common.print_head(f"Sources of {options.images} calibration images", options, console)
+    recording.print_head(f"Sources of {options.images} calibration images", options, console)
     earlier, figures = Earlier(options), dict[str, Any]()
     for net in options.nets:
-        subject = common.subject(options, net)
+        subject = subjects.load(options, net)
         console.print(f"{net}: {subject.splits}", highlight=False)
         for found in _measured(net, subject, options, earlier, console):
             figures[net] = found
-            common.write_json(options, {"images": options.images, "synthesis": figures})
+            recording.write_json(options, {"images": options.images, "synthesis": figures})
         columns = [*next(iter(found["sources"].values()))["top1"], "seconds", "peak MB"]
         rows = [[source, *_cells(entry)] for source, entry in found["sources"].items()]
-        common.print_table(f"{net}, float {found['float']:.2f}", ("source", *columns), rows, console)
+        recording.print_table(f"{net}, float {found['float']:.2f}", ("source", *columns), rows, console)
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
@@ -99,7 +103,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
 
 
 def _measured(
-    net: str, subject: common.Subject, options: common.Options, earlier: Earlier, console: Console
+    net: str, subject: subjects.Subject, options: Options, earlier: Earlier, console: Console
 ) -> Iterator[dict[str, Any]]:
     """The figures of a network as they grow, after every model."""
     exported = NeuralCompressorAdaptor().export(subject.model)
@@ -112,12 +116,12 @@ def _measured(
         source: {figure: {column: [] for column in columns} for figure in FIGURES} | {key: [] for key in (*COSTS, "quality")}
         for source in sources
     }
-    plain = common.top1(subject.model.module, subject.test_inputs, subject.test_labels)
+    plain = measuring.top1(subject.model.module, subject.test_inputs, subject.test_labels)
     figures = {"float": plain, "splits": subject.splits, "sources": found}
     for source, entry in found.items():
         earlier.fill(entry, "synthesis", net, "sources", source)
     for position, seed in enumerate(options.seeds):
-        unseen = common.unseen(subject.training, options, seed)
+        unseen = subjects.unseen(subject.training, options, seed)
         for source, entry in found.items():
             top1 = entry["top1"]
             lacking = [column for column in columns if len(top1[column]) == position]
@@ -129,9 +133,9 @@ def _measured(
                         entry[cost].append(getattr(made, cost))
                 for column in lacking:
                     model = _quantized(column, exported, made.inputs, seed, options)
-                    top1[column].append(common.top1(model, subject.test_inputs, subject.test_labels))
+                    top1[column].append(measuring.top1(model, subject.test_inputs, subject.test_labels))
                     if unseen is not None:
-                        entry["output_error"][column].append(common.output_error(model, subject.model.module, unseen))
+                        entry["output_error"][column].append(measuring.output_error(model, subject.model.module, unseen))
                     yield figures
                 last = {column: round(values[position], 2) for column, values in top1.items()}
                 errors = {column: round(values[position], 3) for column, values in entry["output_error"].items() if values}
@@ -140,15 +144,15 @@ def _measured(
     yield figures
 
 
-def _quantized(column: str, exported: torch.nn.Module, images: Tensor, seed: int, options: common.Options) -> torch.nn.Module:
+def _quantized(column: str, exported: torch.nn.Module, images: Tensor, seed: int, options: Options) -> torch.nn.Module:
     """What calibration with these images leads to: in the host's own W8A8, or in ours at a width."""
     if column == HOST:
-        return NeuralCompressorAdaptor().quantize_static(exported, images.split(common.BATCH))
+        return NeuralCompressorAdaptor().quantize_static(exported, images.split(quantizing.BATCH))
     weight, activation = int(column[1]), int(column[3])
-    return common.reconstructed(exported, images, weight, activation, seed, options, views=1)
+    return quantizing.reconstructed(exported, images, weight, activation, seed, options, views=1)
 
 
-def _images(source: str, subject: common.Subject, options: common.Options, seed: int) -> Made:
+def _images(source: str, subject: subjects.Subject, options: Options, seed: int) -> Made:
     """The images of one source; their labels are -1 where it has none."""
     nothing = torch.full((options.images,), -1)
     if source == "noise":
@@ -156,13 +160,13 @@ def _images(source: str, subject: common.Subject, options: common.Options, seed:
         return Made(torch.randn(options.images, *subject.model.input.shape, generator=generator), nothing)
     if source == "real":
         assert subject.training is not None
-        return Made(common.real(subject.training, options, seed), nothing)
+        return Made(subjects.real(subject.training, options, seed), nothing)
     preset = ClusterQSettings.PRESETS[options.preset]
     settings = ClusterQSettings.model_validate({**preset, **SYNTHETIC[source]})
     return make(subject, settings, options.images, seed, options.data)
 
 
-def _quality(subject: common.Subject, made: Made) -> dict[str, float | None]:
+def _quality(subject: subjects.Subject, made: Made) -> dict[str, float | None]:
     """Means over the layers of what `inspect` measures without real inputs."""
     model = subject.model
     quality = measure_set(model.module, model.input, model.num_classes, made.inputs, made.labels)

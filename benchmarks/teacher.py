@@ -17,9 +17,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-import common
+import measuring
+import recording
 import torch
 import torchvision
+from arguments import timed_networks, timing_parser
 from rich.console import Console
 from torch import Tensor
 
@@ -35,14 +37,14 @@ WAYS = ("plain", "channels last", "bfloat16", "channels last, bfloat16", "compil
 
 def main() -> None:
     """Time every network."""
-    parser = common.timing_parser(__doc__, "resnet18,mobilenet_v2")
+    parser = timing_parser(__doc__, "resnet18,mobilenet_v2")
     parser.add_argument("--images", type=int, default=32, help="per step (default 32)")
     parser.add_argument("--steps", type=int, default=3, help="per round (default 3)")
     given = parser.parse_args()
-    nets = common.timed_networks(parser, given)
+    nets = timed_networks(parser, given)
     console = Console(width=120)
     console.print(f"Steps of {given.images} images of {given.size} pixels, seed {given.seed}", highlight=False)
-    common.print_environment(console)
+    recording.print_environment(console)
     with tempfile.TemporaryDirectory() as cache, freed_memory_kept():  # the latter as the synthesis does
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         measured = {net: _timed(net, given.images, given.size, given.steps, given.rounds, given.seed) for net in nets}
@@ -50,12 +52,12 @@ def main() -> None:
         [net, *[f"{statistics.median(ways[way]):.0f}" if way in ways else "-" for way in WAYS], f"{seconds:.0f}"]
         for net, (ways, seconds) in measured.items()
     ]
-    common.print_table("Milliseconds per step", ("network", *WAYS, "seconds to compile"), rows, console)
+    recording.print_table("Milliseconds per step", ("network", *WAYS, "seconds to compile"), rows, console)
     if given.json:
         options = f"--images {given.images} --size {given.size} --steps {given.steps} --rounds {given.rounds}"
         words = f"python benchmarks/teacher.py --nets {given.nets} {options} --seed {given.seed} --json {given.json}"
         figures = {net: {"milliseconds": ways, "seconds_to_compile": seconds} for net, (ways, seconds) in measured.items()}
-        common.record(given.json, words, {"images": given.images, "size": given.size, "nets": figures})
+        recording.write(given.json, words, {"images": given.images, "size": given.size, "nets": figures})
 
 
 def _timed(net: str, images: int, size: int, steps: int, rounds: int, seed: int) -> tuple[dict[str, list[float]], float]:
@@ -77,7 +79,7 @@ def _timed(net: str, images: int, size: int, steps: int, rounds: int, seed: int)
         for teacher in ways.values():
             _run(teacher, x, 1)  # the first costs more
         times = [
-            {way: common.milliseconds(partial(_run, teacher, x, steps)) / steps for way, teacher in ways.items()}
+            {way: measuring.milliseconds(partial(_run, teacher, x, steps)) / steps for way, teacher in ways.items()}
             for _ in range(rounds)
         ]
     return {way: [one[way] for one in times] for way in ways}, seconds

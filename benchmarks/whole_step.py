@@ -15,9 +15,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-import common
+import measuring
+import quantizing
+import recording
 import torch
 import torchvision
+from arguments import timed_networks, timing_parser
 from rich.console import Console
 from torch import Tensor, fx
 
@@ -34,26 +37,26 @@ BITS = 4
 
 def main() -> None:
     """Time every network."""
-    parser = common.timing_parser(__doc__, "resnet18,mobilenet_v2,mnasnet0_5,shufflenet_v2_x0_5")
+    parser = timing_parser(__doc__, "resnet18,mobilenet_v2,mnasnet0_5,shufflenet_v2_x0_5")
     given = parser.parse_args()
-    nets = common.timed_networks(parser, given)
+    nets = timed_networks(parser, given)
     console = Console(width=120)
     title = f"Steps of {BATCH} images of {given.size} pixels, seed {given.seed}, median of {given.rounds}"
     console.print(title, highlight=False)
-    common.print_environment(console)
+    recording.print_environment(console)
     found: dict[str, dict[str, list[float]]] = {}
     for net in nets:
         ways = _ways(net, given.size, given.seed)
         for run in ways.values():
             run()  # the first costs more
-        rounds = [{way: common.milliseconds(run) for way, run in ways.items()} for _ in range(given.rounds)]
+        rounds = [{way: measuring.milliseconds(run) for way, run in ways.items()} for _ in range(given.rounds)]
         found[net] = {way: [one[way] for one in rounds] for way in ways}
     rows = [[net, *[f"{statistics.median(times):.0f}" for times in by_way.values()]] for net, by_way in found.items()]
-    common.print_table("Milliseconds per step", ("network", *next(iter(found.values()))), rows, console)
+    recording.print_table("Milliseconds per step", ("network", *next(iter(found.values()))), rows, console)
     if given.json:
         options = f"--size {given.size} --rounds {given.rounds} --seed {given.seed}"
         words = f"python benchmarks/whole_step.py --nets {given.nets} {options} --json {given.json}"
-        common.record(given.json, words, {"of": "the pass end to end", "size": given.size, "milliseconds": found})
+        recording.write(given.json, words, {"of": "the pass end to end", "size": given.size, "milliseconds": found})
 
 
 def _ways(net: str, size: int, seed: int) -> dict[str, Callable[[], None]]:
@@ -62,7 +65,7 @@ def _ways(net: str, size: int, seed: int) -> dict[str, Callable[[], None]]:
     module = torchvision.models.get_model(net, weights=None).eval().requires_grad_(False)
     images = torch.rand(BATCH, 3, size, size)
     settings = ReconstructionSettings()
-    quantized = common.quantized_graph(module, images, BITS, settings, FEWEST_IMAGES)
+    quantized = quantizing.quantized_graph(module, images, BITS, settings, FEWEST_IMAGES)
     plain = extract(quantized.graph_module, join(list(quantized.units)))
     set_mode(plain, Mode.STEPS)
     ours, last = with_gradients_from_outputs(plain), laid_out(images)

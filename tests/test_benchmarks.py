@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +18,32 @@ def run(root: Path, script: str, *arguments: str) -> subprocess.CompletedProcess
 
 
 @pytest.fixture
-def common(root: Path) -> Iterator[Any]:
-    """The module that the benchmark scripts share; the scripts are no package."""
-    spec = importlib.util.spec_from_file_location("benchmarks_common", root / "benchmarks" / "common.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def module(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """One that the benchmark scripts share, by name; the scripts are no package."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module
 
 
-def test_the_error_of_outputs_is_in_units_of_their_variance(common: Any) -> None:
+def test_the_error_of_outputs_is_in_units_of_their_variance(module: Callable[[str], Any]) -> None:
+    measuring = module("measuring")
     plain, shifted = torch.nn.Linear(1, 2), torch.nn.Linear(1, 2)
     with torch.no_grad():
         for layer, bias in ((plain, [0.0, 0.0]), (shifted, [3.0, 1.0])):
             layer.weight.copy_(torch.tensor([[1.0], [2.0]]))
             layer.bias.copy_(torch.tensor(bias))
     inputs = torch.tensor([[-1.0], [1.0]])  # outputs vary by 1 and 4, and are off by 3 and 1
-    assert common.output_error(shifted, plain, inputs, batch=1) == pytest.approx((9 + 1) / (1 + 4))
-    assert common.output_error(plain, plain, inputs) == 0
+    assert measuring.output_error(shifted, plain, inputs, batch=1) == pytest.approx((9 + 1) / (1 + 4))
+    assert measuring.output_error(plain, plain, inputs) == 0
 
 
-def test_images_that_judge_outputs_have_not_calibrated(common: Any) -> None:
-    training, options = torch.arange(10.0), common.Options(Path(), ("net",), ((4, 4),), (3,), None, "fast", None, images=6)
-    drawn, rest = common.real(training, options, seed=3), common.unseen(training, options, seed=3)
+def test_images_that_judge_outputs_have_not_calibrated(module: Callable[[str], Any]) -> None:
+    subjects, options_of = module("subjects"), module("arguments").Options
+    training, options = torch.arange(10.0), options_of(Path(), ("net",), ((4, 4),), (3,), None, "fast", None, images=6)
+    drawn, rest = subjects.real(training, options, seed=3), subjects.unseen(training, options, seed=3)
     assert sorted([*drawn.tolist(), *rest.tolist()]) == training.tolist()
     assert len(rest) == 4
-    assert common.unseen(training[:6], options, seed=3) is None
-    assert common.unseen(None, options, seed=3) is None
+    assert subjects.unseen(training[:6], options, seed=3) is None
+    assert subjects.unseen(None, options, seed=3) is None
 
 
 def test_the_tables_of_the_docs_are_what_the_recorded_figures_say(root: Path) -> None:
@@ -64,7 +59,7 @@ def test_the_tables_of_the_docs_are_what_the_recorded_figures_say(root: Path) ->
     ],
 )
 def test_a_wrong_argument_is_named(
-    common: Any,
+    module: Callable[[str], Any],
     tmp_path: Path,
     arguments: tuple[str, ...],
     message: str,
@@ -74,15 +69,17 @@ def test_a_wrong_argument_is_named(
     (tmp_path / "load.py").write_text("")
     monkeypatch.setattr(sys, "argv", ["accuracy.py", *(argument.format(data=tmp_path) for argument in arguments)])
     with pytest.raises(SystemExit) as stopped:
-        common.parse("a benchmark", nets="mine")
+        module("arguments").parse("a benchmark", nets="mine")
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_input_specification_is_read_off_the_normalisation(common: Any) -> None:
+def test_the_input_specification_is_read_off_the_normalisation(module: Callable[[str], Any]) -> None:
     mean, std = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([2.0, 4.0, 8.0])
     shape = (1, 3, 1, 1)
-    spec = common.input_spec(lambda x: (x - mean.view(shape)) / std.view(shape), torch.zeros(1, 3, 32, 32), is_image=True)
+    spec = module("subjects").input_spec(
+        lambda x: (x - mean.view(shape)) / std.view(shape), torch.zeros(1, 3, 32, 32), is_image=True
+    )
     assert (spec.shape, spec.low, spec.high) == ((3, 32, 32), 0, 255)
     assert spec.mean == pytest.approx(tuple(mean.tolist()))
     assert spec.std == pytest.approx(tuple(std.tolist()))
@@ -198,9 +195,7 @@ def test_the_synthesis_benchmark_gives_every_source_as_many_images(root: Path, t
 
 
 @pytest.mark.slow
-def test_the_cost_of_a_preset_is_measured_and_becomes_a_table(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cost_of_a_preset_is_measured_and_becomes_a_table(root: Path, tmp_path: Path, module: Callable[[str], Any]) -> None:
     (tmp_path / "load.py").write_text(LOAD)
     figures = tmp_path / "figures.json"
     options = ("--nets", "mine", "--presets", "fast", "--images", "20", "--json", str(figures))
@@ -212,14 +207,13 @@ def test_the_cost_of_a_preset_is_measured_and_becomes_a_table(
     assert costs["start_mb"][0] < costs["peak_mb"][0]
     assert "--widths" not in record["command"]
     assert "preset" not in record
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    lines = importlib.import_module("synthesis_table").sections([], presets=[record]).splitlines()
+    lines = module("synthesis_table").sections([], presets=[record]).splitlines()
     assert f"| mine | fast | {costs['seconds'][0]:.0f} | {costs['peak_mb'][0]:.0f} |" in lines
 
 
 @pytest.mark.slow
 def test_the_teacher_benchmark_times_every_way_and_its_record_becomes_a_table(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, module: Callable[[str], Any]
 ) -> None:
     figures = tmp_path / "figures.json"
     options = ("--images", "2", "--size", "64", "--steps", "1", "--rounds", "3", "--json", str(figures))
@@ -232,8 +226,7 @@ def test_the_teacher_benchmark_times_every_way_and_its_record_becomes_a_table(
         for way in ("plain", "channels last", "compiled")
         for more in ("", ", bfloat16")
     }
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    lines = importlib.import_module("synthesis_table").sections([], teachers=[record]).splitlines()
+    lines = module("synthesis_table").sections([], teachers=[record]).splitlines()
     assert "2 images of 64 pixels; weights are random." in lines
     assert len([line for line in lines if line.startswith("| shufflenet_v2_x0_5 | ")]) == 1
     refused = run(root, "teacher.py", "--nets", "shufflenet")
@@ -243,7 +236,7 @@ def test_the_teacher_benchmark_times_every_way_and_its_record_becomes_a_table(
 
 @pytest.mark.slow
 def test_the_benchmark_of_the_pass_end_to_end_times_every_way_and_its_record_becomes_a_table(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, module: Callable[[str], Any]
 ) -> None:
     figures = tmp_path / "figures.json"
     done = run(root, "whole_step.py", "--nets", "shufflenet_v2_x0_5", "--size", "64", "--rounds", "2", "--json", str(figures))
@@ -253,8 +246,7 @@ def test_the_benchmark_of_the_pass_end_to_end_times_every_way_and_its_record_bec
     assert [(way, len(times)) for way, times in found.items()] == [
         (way, 2) for way in ("autograd", "channels last", "from outputs", "ours")
     ]
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    lines = importlib.import_module("tables").steps(record).splitlines()
+    lines = module("tables").steps(record).splitlines()
     assert lines[0] == "## Milliseconds of a step of the pass end to end"
     assert len([line for line in lines if line.startswith("| shufflenet_v2_x0_5 | ")]) == 1
     refused = run(root, "whole_step.py", "--nets", "shufflenet")
@@ -292,9 +284,8 @@ def record(images: int, sources: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    table = importlib.import_module("synthesis_table")
+def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(module: Callable[[str], Any]) -> None:
+    table = module("synthesis_table")
     usual = record(256, {"noise": [80.0, 82.0], "latent+alignment": [90.0]})
     lines = table.sections([usual]).splitlines()
     assert [line for line in lines if line.startswith("#")] == ["### Sources", "#### net, float 91.50"]
@@ -314,9 +305,8 @@ def test_sources_parts_and_numbers_of_images_have_tables_of_their_own(root: Path
     assert not [line for line in lines if line.startswith("| net | latent+alignment")]
 
 
-def test_a_record_that_was_cut_off_has_figures_that_not_every_seed_has(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    page = importlib.import_module("page")
+def test_a_record_that_was_cut_off_has_figures_that_not_every_seed_has(module: Callable[[str], Any]) -> None:
+    page = module("page")
     entry: dict[str, Any] = {
         "seconds": [1.0, 2.0],
         "quality": [{"diversity": 4.0}, {"diversity": 5.0}],
@@ -328,6 +318,15 @@ def test_a_record_that_was_cut_off_has_figures_that_not_every_seed_has(root: Pat
     assert page.unfinished(whole) == []
     entry["top1"]["W2A4"].append(80.0)
     assert page.unfinished(whole) == ["synthesis / net / noise / top1 / W2A4"]
+
+
+def test_seeds_of_several_machines_are_told_apart_in_words(module: Callable[[str], Any]) -> None:
+    page = module("page")
+    one, other = {"processor": "A", "processors": "2"}, {"processor": "B", "processors": "4"}
+    whole = {"seeds": [0, 1, 5], "environment": {"torch": "2", "threads": "1"}, "machines": [one, other, one]}
+    words = "torch 2, threads 1; seeds 0, 5 on processor A, processors 2; seeds 1 on processor B, processors 4"
+    assert page.environment(whole) == words
+    assert page.environment({"environment": {"torch": "2", **one}}) == "torch 2, processor A, processors 2"
 
 
 @pytest.mark.parametrize(

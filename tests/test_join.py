@@ -51,6 +51,24 @@ def test_seeds_and_methods_of_several_records_are_one_record_in_order(root: Path
     assert (whole["preset"], whole["images"], whole["environment"]) == ("fast", 256, {"python": "3"})
 
 
+def test_a_seed_of_another_machine_is_told_apart_and_stays_so_when_joined_again(root: Path, tmp_path: Path) -> None:
+    one, other = {"processor": "A", "instruction set": "AVX2"}, {"processor": "B", "instruction set": "AVX512"}
+    first = record("0,1", "QDrop", [1.0, 2.0], environment={"python": "3", **one})
+    assert join(root, tmp_path, first, record("2", "QDrop", [3.0], environment={"python": "3", **other})).returncode == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert whole["nets"]["n"]["widths"]["W4A4"]["QDrop"]["top1"] == [1.0, 2.0, 3.0]
+    assert (whole["environment"], whole["machines"]) == ({"python": "3"}, [one, one, other])
+    assert join(root, tmp_path, record("3", "QDrop", [4.0], environment={"python": "3", **one}), whole).returncode == 0
+    assert json.loads((tmp_path / "whole.json").read_text())["machines"] == [one, one, other, one]
+
+
+def test_one_seed_of_two_machines_is_refused(root: Path, tmp_path: Path) -> None:
+    parts = [record("0", name, [1.0], environment={"python": "3", "processor": name}) for name in ("QDrop", "ours")]
+    done = join(root, tmp_path, *parts)
+    assert done.returncode == 1
+    assert "seed 0 / machines is [{'processor': 'QDrop'}] in one record and [{'processor': 'ours'}]" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
