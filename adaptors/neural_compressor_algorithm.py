@@ -36,13 +36,14 @@ from inc_clusterq.deployment.qdq import convert
 from inc_clusterq.difference import largest_difference
 from inc_clusterq.errors import ModelError
 from inc_clusterq.layout import laid_out
+from inc_clusterq.nodes import is_observer
 from inc_clusterq.placement import CPU, moved, within_gpu_memory
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.granularity import explicit_units
-from inc_clusterq.reconstruction.graph import extract, is_observer
+from inc_clusterq.reconstruction.graph import extract
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers, lowest_bits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings

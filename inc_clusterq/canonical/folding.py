@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from inc_clusterq.attributes import attribute, read_instead, unused_name
 from inc_clusterq.canonical.weights import BIAS
-from inc_clusterq.reconstruction.graph import WEIGHTED
+from inc_clusterq.reconstruction.layers import WEIGHTED
 
 aten = torch.ops.aten
 NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default}

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from inc_clusterq.attributes import unused_name
-from inc_clusterq.reconstruction.graph import ACTIVATIONS, named_arguments
+from inc_clusterq.nodes import named_arguments
+from inc_clusterq.reconstruction.graph import ACTIVATIONS
 
 aten = torch.ops.aten
 AXIS = 2  # the new one, in front of the length

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from inc_clusterq.reconstruction.graph import named_arguments
+from inc_clusterq.nodes import named_arguments
 
 aten = torch.ops.aten
 IN_NUMBERS = {

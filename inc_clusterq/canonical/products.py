@@ -7,7 +7,7 @@ from torch import fx
 from torch.nn import functional
 
 from inc_clusterq.canonical.origin import SOURCE
-from inc_clusterq.reconstruction.graph import active_nodes
+from inc_clusterq.nodes import active_nodes
 
 aten = torch.ops.aten
 PRODUCTS = {aten.matmul.default, aten.mm.default}

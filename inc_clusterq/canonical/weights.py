@@ -14,7 +14,8 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from inc_clusterq.attributes import attribute, unused_name
-from inc_clusterq.reconstruction.graph import WEIGHTED, active_nodes
+from inc_clusterq.nodes import active_nodes
+from inc_clusterq.reconstruction.layers import WEIGHTED
 
 BIAS = 2  # its position among the arguments, where there is one
 

@@ -15,7 +15,9 @@ from functools import cache
 
 from torch import fx
 
-from inc_clusterq.reconstruction.graph import Layer, Unit, is_observer
+from inc_clusterq.nodes import is_observer
+from inc_clusterq.reconstruction.graph import Unit
+from inc_clusterq.reconstruction.layers import Layer
 
 FULL_BITS = 8  # what a unit that falls back gets: as many as the host's kernels take
 

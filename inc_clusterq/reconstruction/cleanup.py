@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inc_clusterq.reconstruction.graph import first_axis
+from inc_clusterq.nodes import first_axis
 
 aten = torch.ops.aten
 

@@ -12,23 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from inc_clusterq.attributes import attribute
+from inc_clusterq.nodes import active_nodes, first_axis, is_observer
+from inc_clusterq.reconstruction.layers import WEIGHTED, Layer, has_weight, read_layer
 
 aten = torch.ops.aten
-WEIGHTED: dict[Any, int] = {  # operator -> position of its weight argument
-    aten.conv1d.default: 1,
-    aten.conv2d.default: 1,
-    aten.conv3d.default: 1,
-    aten.conv_transpose1d.default: 1,
-    aten.conv_transpose2d.input: 1,
-    aten.conv_transpose3d.input: 1,
-    aten.linear.default: 1,
-}
 # Activation functions: a cut before one would make a target that the function then distorts (MRECG code: target after it).
 ACTIVATIONS = {
     aten.relu.default,
@@ -67,27 +58,6 @@ ORDERED = {aten.view.default, aten.view_as.default, aten.as_strided.default}  # 
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One convolution or linear operator of the graph."""
-
-    name: str  # module that the user wrote, e.g. layer1.0.conv1
-    weight: str  # attribute that holds the folded weight
-    node: str  # node of the operator
-    quantizer: str | None  # attribute of the weight's observer; None: the host leaves this weight in float
-    kind: str  # "dense", "depthwise", "grouped" or "linear"
-    stride: int
-    dilation: int
-    shape: tuple[int, ...]
-    bias: str | None = None  # attribute that holds the bias
-    groups: int = 1
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        return int(torch.Size(self.shape).numel())
-
-
-@dataclass(frozen=True)
 class Unit:
     """A run of nodes with one input tensor and one output tensor."""
 
@@ -120,11 +90,6 @@ def join(units: tuple[Unit, ...] | list[Unit]) -> Unit:
         layers=tuple(layer for unit in units for layer in unit.layers),
         path=tuple(name for unit in units for name in unit.path),
     )
-
-
-def is_observer(node: fx.Node) -> bool:
-    """The node is a quantizer's place: a module that the host has put there."""
-    return node.op == "call_module" and str(node.target).startswith("activation_post_process")
 
 
 def partition(graph_module: fx.GraphModule) -> list[Unit]:
@@ -180,26 +145,6 @@ def extract(graph_module: fx.GraphModule, unit: Unit, input_of: str | None = Non
     return fx.GraphModule(graph_module, graph)
 
 
-def active_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that depend on the input."""
-    active: set[fx.Node] = set()
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder" or any(argument in active for argument in node.all_input_nodes):
-            active.add(node)
-    return active
-
-
-def first_axis(node: fx.Node) -> str | None:
-    """The size of a tensor's first axis as an expression; None for what has none.
-
-    Sizes must not be compared as numbers: that holds the exporter's batch size for the only one.
-    """
-    value = node.meta.get("val")
-    if value is None and is_observer(node):  # as what it observes
-        value = node.all_input_nodes[0].meta.get("val")
-    return str(value.shape[0]) if isinstance(value, Tensor) and value.dim() else None
-
-
 def _may_end_here(node: fx.Node, active: set[fx.Node]) -> bool:
     value = node.meta.get("val")
     if is_observer(node) or not (isinstance(value, Tensor) and value.is_floating_point()):
@@ -217,7 +162,7 @@ def _with_weights(
     start = first
     for segment in segments:
         nodes = pending + segment
-        layers = tuple(_layer(graph_module, node) for node in nodes if node.target in WEIGHTED and _has_weight(node, active))
+        layers = tuple(read_layer(graph_module, node) for node in nodes if node.target in WEIGHTED and has_weight(node, active))
         if not layers:
             pending = nodes
             continue
@@ -227,72 +172,6 @@ def _with_weights(
         last = units[-1]
         units[-1] = Unit(last.start, last.nodes + tuple(node.name for node in pending), last.layers, last.path)
     return units
-
-
-def _has_weight(node: fx.Node, active: set[fx.Node]) -> bool:
-    weight = node.args[WEIGHTED[node.target]]
-    return isinstance(weight, fx.Node) and weight not in active
-
-
-def _layer(graph_module: fx.GraphModule, node: fx.Node) -> Layer:
-    weight = node.args[WEIGHTED[node.target]]
-    assert isinstance(weight, fx.Node)
-    quantizer = str(weight.target) if is_observer(weight) else None
-    while weight.op != "get_attr":
-        weight = weight.all_input_nodes[0]
-    tensor = attribute(graph_module, str(weight.target))
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [str(entry[0]) for entry in stack.values()]
-    written = next((name for name in reversed(path) if name), node.name)
-    stride, dilation, groups = _hyper_parameters(node)
-    kind = "linear" if node.target is aten.linear.default else _convolution_kind(groups, tensor)
-    bias = node.args[2] if len(node.args) > 2 else None
-    return Layer(
-        _plain(written),
-        str(weight.target),
-        node.name,
-        quantizer,
-        kind,
-        stride,
-        dilation,
-        tuple(tensor.shape),
-        str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None,
-        groups,
-    )
-
-
-def _plain(name: str) -> str:
-    """Module path as the user wrote it: non-strict export prefixes it with the root's alias."""
-    for prefix in ("L['self'].", "L__self___"):
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _convolution_kind(groups: int, weight: Tensor) -> str:
-    if groups == 1:
-        return "dense"
-    return "depthwise" if weight.shape[1] == 1 else "grouped"
-
-
-def _hyper_parameters(node: fx.Node) -> tuple[int, int, int]:
-    """Largest stride, largest dilation and groups of a convolution; ones for a linear operator."""
-    if node.target is aten.linear.default:
-        return 1, 1, 1
-    named = named_arguments(node)
-
-    def largest(value: Any) -> int:
-        return int(max(value)) if isinstance(value, (list, tuple)) else int(value)
-
-    return largest(named["stride"]), largest(named["dilation"]), int(named["groups"])
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an operator by name, defaults included."""
-    named: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        default = argument.default_value
-        named[argument.name] = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
-    return named
 
 
 def _longest_path(nodes: list[fx.Node], layers: tuple[Layer, ...]) -> tuple[str, ...]:

@@ -16,8 +16,10 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from inc_clusterq.attributes import attribute
+from inc_clusterq.nodes import named_arguments
 from inc_clusterq.reconstruction.fake_quantize import Mode
-from inc_clusterq.reconstruction.graph import Layer, Unit, extract, named_arguments
+from inc_clusterq.reconstruction.graph import Unit, extract
+from inc_clusterq.reconstruction.layers import Layer
 from inc_clusterq.reconstruction.quantizers import in_mode
 
 VALUES_AT_ONCE = 2**24  # of the columns, so that memory stays bounded

@@ -13,7 +13,8 @@ from inc_clusterq.attributes import attribute, replace_attribute
 from inc_clusterq.reconstruction.bits import BitPlan, assign_bits
 from inc_clusterq.reconstruction.cleanup import make_cuttable
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, BiasCorrection, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.graph import Layer, Unit, partition, replace_observers
+from inc_clusterq.reconstruction.graph import Unit, partition, replace_observers
+from inc_clusterq.reconstruction.layers import Layer
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Quantizer = ActivationQuantizer | WeightQuantizer

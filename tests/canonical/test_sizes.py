@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from inc_clusterq.canonical.sizes import write_sizes_in_full
-from inc_clusterq.reconstruction.graph import named_arguments
+from inc_clusterq.nodes import named_arguments
 
 Export = Callable[[nn.Module, Tensor], fx.GraphModule]
 

@@ -7,7 +7,8 @@ import pytest
 from torch import Tensor, fx, nn
 
 from inc_clusterq.reconstruction.bits import BitPlan
-from inc_clusterq.reconstruction.graph import Layer, Unit
+from inc_clusterq.reconstruction.graph import Unit
+from inc_clusterq.reconstruction.layers import Layer
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 

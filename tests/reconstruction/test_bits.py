@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from torch import fx
 
+from inc_clusterq.nodes import is_observer
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits, assign_bits
-from inc_clusterq.reconstruction.graph import extract, is_observer, partition
+from inc_clusterq.reconstruction.graph import extract, partition
 from inc_clusterq.reconstruction.quantizers import install_quantizers, quantizers
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from inc_clusterq.reconstruction.capacity import homogeneous, modcap
-from inc_clusterq.reconstruction.graph import Layer, Unit
+from inc_clusterq.reconstruction.graph import Unit
+from inc_clusterq.reconstruction.layers import Layer
 
 Make = Callable[..., Layer]
 MakeUnit = Callable[..., Unit]

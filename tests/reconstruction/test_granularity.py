@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from inc_clusterq.reconstruction.granularity import differences, explicit_units, merge_pairs, select_pairs, stack_chains
-from inc_clusterq.reconstruction.graph import Layer, Unit
+from inc_clusterq.reconstruction.graph import Unit
+from inc_clusterq.reconstruction.layers import Layer
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 
 Make = Callable[..., Layer]

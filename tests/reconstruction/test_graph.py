@@ -7,17 +7,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from inc_clusterq.nodes import is_observer
 from inc_clusterq.reconstruction.cleanup import erase_guards, functionalise, localise_batch_sizes
 from inc_clusterq.reconstruction.fake_quantize import Mode
-from inc_clusterq.reconstruction.graph import (
-    WEIGHTED,
-    Unit,
-    extract,
-    is_observer,
-    join,
-    partition,
-    replace_observers,
-)
+from inc_clusterq.reconstruction.graph import Unit, extract, join, partition, replace_observers
+from inc_clusterq.reconstruction.layers import WEIGHTED
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]

@@ -11,7 +11,8 @@ from torch.nn import functional
 from inc_clusterq.attributes import attribute
 from inc_clusterq.reconstruction import moments
 from inc_clusterq.reconstruction.fake_quantize import Mode
-from inc_clusterq.reconstruction.graph import Layer, extract, partition
+from inc_clusterq.reconstruction.graph import extract, partition
+from inc_clusterq.reconstruction.layers import Layer
 from inc_clusterq.reconstruction.moments import collect, collect_outputs, columns, input_pairs, outputs_of
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
 

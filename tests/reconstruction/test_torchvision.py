@@ -14,7 +14,8 @@ from inc_clusterq.reconstruction import second_order
 from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import Mode
-from inc_clusterq.reconstruction.graph import WEIGHTED, extract
+from inc_clusterq.reconstruction.graph import extract
+from inc_clusterq.reconstruction.layers import WEIGHTED
 from inc_clusterq.reconstruction.quantizers import in_mode, install_quantizers
 from inc_clusterq.reconstruction.reconstruct import reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
