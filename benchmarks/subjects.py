@@ -1,8 +1,8 @@
 """Networks and images of the data folder that `--data` names.
 
-The folder holds a `load.py` with MODELS, model(name), cifar(split), imagenet(name, size), kws() and
-top1(net, x, y, norm); nothing else of the folder is relied on. Test images are for the final figure only: whatever a
-method sees comes from the training split, or from no image at all.
+The folder holds a `load.py` with MODELS, model(name), cifar(split), imagenet(name, size) and kws(); nothing else of the
+folder is relied on. Test images are for the final figure only: whatever a method sees comes from the training split, or from
+no image at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The teacher's passes made faster: with channels last in memory, as compiled code, and in bfloat16.
 
 Compiled, what stands between two convolutions is done in one pass over the memory; a small depthwise network at 224 pixels
-spends most of a step there. That costs as much as some dozens of steps, so it is for long runs on large images. What the
+spends most of a step there. That costs as much as ten to thirty steps, so it is for long runs on large images. What the
 compiler does not take is run as it stands, which is slower and no more. A processor with instructions for it multiplies
 bfloat16 much faster than float32; depthwise convolutions are no products of matrices, and gain nothing.
 """
