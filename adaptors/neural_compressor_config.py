@@ -122,7 +122,7 @@ class MRECGConfig(TorchBaseConfig):
             if kind not in KINDS:
                 raise ValueError(f"kind_bits names {kind!r}; it must be one of {', '.join(KINDS)}")
         for name, pair in [*self.layer_bits.items(), *self.kind_bits.items()]:
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(bits in (None, *WIDTHS) for bits in pair)):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(self._is_width, pair))):
                 raise ValueError(
                     f"bits of {name!r} is {pair!r}; it must be a pair (weight bits, activation bits), each from 2 to 8 or None"
                 )
@@ -130,6 +130,10 @@ class MRECGConfig(TorchBaseConfig):
             raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(ReconstructionSettings.PRESETS)}")
         if not isinstance(self.granularity, list) and not isinstance(self.preset, list):
             self.reconstruction_settings()
+
+    @staticmethod
+    def _is_width(bits: object) -> bool:
+        return bits is None or (type(bits) is int and bits in WIDTHS)
 
     def reconstruction_settings(self) -> ReconstructionSettings:
         """Preset, settings and granularity as one validated object."""

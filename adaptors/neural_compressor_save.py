@@ -26,7 +26,8 @@ def save(model: nn.Module, example_inputs: tuple[Any, ...], output_dir: str = ".
     """
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    program = torch.export.export(model, example_inputs, dynamic_shapes=model.dynamic_shapes)
+    doubled = tuple(torch.cat([part, part]) if len(part) == 1 else part for part in example_inputs)  # one row is taken for all
+    program = torch.export.export(model, doubled, dynamic_shapes=model.dynamic_shapes)
     replace_file(folder / WEIGHT_NAME, archived(program))
     configs = {key: config.to_dict() for key, config in model.qconfig.items()}  # type: ignore[operator, union-attr]
     replace_file(folder / QCONFIG_NAME, json.dumps(configs, indent=4).encode())

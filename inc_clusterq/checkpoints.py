@@ -27,6 +27,9 @@ WRAPPINGS = ("state_dict", "model_state_dict", "model")
 AVERAGES = ("state_dict_ema", "model_ema", "ema")
 """Keys of moving averages of the weights; such a state dict is read where it is the only one."""
 
+EXTRA = "_extra_state"
+"""How torch ends the name of what a module adds to its state dict beside tensors; a model keeps its own."""
+
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile leave in front of all names."""
 
@@ -54,8 +57,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load `state` into `module`; ModelError lists the names, shapes and types that do not fit it."""
-    expected = module.state_dict()
-    state = _without_owner(state, expected)
+    expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    state = without_owner(state, expected)
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in expected]
     misshapen = [
@@ -95,6 +98,8 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
         raise ModelError(f"checkpoint {path}: holds {type(content).__name__}, not the named tensors of a state dict")
     state: dict[str, Tensor] = {}
     for name, value in content.items():
+        if str(name).endswith(EXTRA):
+            continue
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"checkpoint {path}: {name!r} is {type(value).__name__}, not a tensor; it must be a state dict, "
@@ -110,7 +115,7 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _without_owner(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def without_owner(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Without the name of the module that held this one while it was trained, such as `model.`, where all names then fit."""
     owner = next(iter(state), "").partition(".")[0] + "."
     if not all(name.startswith(owner) for name in state):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from inc_clusterq.checkpoints import ENDINGS, fit_state, read_state
+from inc_clusterq.checkpoints import ENDINGS, fit_state, read_state, without_owner
 from inc_clusterq.config import ModelConfig
 from inc_clusterq.errors import ModelError
 from inc_clusterq.fingerprint import fingerprint, ramp
@@ -214,10 +214,11 @@ def _from_torchvision(name: str, config: ModelConfig) -> nn.Module:
         )
     if config.checkpoint is None:
         return _published(name, config.weights)
-    state = read_state(config.checkpoint)
+    read = read_state(config.checkpoint)
     options: dict[str, Any] = {"init_weights": False} if name in DRAWN_SLOWLY else {}
     module: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     expected, other = module.state_dict(), dict(options)
+    state = without_owner(read, expected)
     # A fine-tuned model differs in its number of classes, which the last tensor of every classifier there shows.
     last = list(expected)[-1]
     if last in state and state[last].shape[:1] != expected[last].shape[:1]:

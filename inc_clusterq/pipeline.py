@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
         outcome = adaptor.tune(exported, batches, trials, request, judge.score, workspace, progress)
     with _timed(seconds, "static baseline"):
         noise = random_samples(model.input, calibrating, torch.Generator().manual_seed(request.seed))
-        static = _baseline(adaptor, exported, noise.split(len(batches[0])), judge.score)
+        static = _baseline(adaptor, exported, noise, len(batches[0]), judge.score)
     with filled_whole(config.output, overwrite=overwrite) as folder:
         with _timed(seconds, "deployment"), progress.stage("Deploying", 5) as stage:
             adaptor.save(outcome.model, calibration[:2], folder)
@@ -90,7 +90,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
                 _Compared(OURS, adaptor.load(folder), outcome.best.score, _size(folder)),
             ]
             models = {one.name: one.module for one in compared}
-            parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
+            parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES].contiguous(), stage)
         if strict:
             require_int8(operators, "inductor")
         result = Result(
@@ -236,11 +236,11 @@ class _Compared:
     size: int
 
 
-def _baseline(adaptor: Adaptor, exported: nn.Module, noise: Sequence[Tensor], score: Score) -> list[_Compared]:
+def _baseline(adaptor: Adaptor, exported: nn.Module, noise: Tensor, batch: int, score: Score) -> list[_Compared]:
     """The host's own quantization, calibrated with noise, as is usual without images; none where that fails."""
     try:
-        static = adaptor.quantize_static(exported, noise)
-        return [_Compared(STATIC, static, score(static), _saved_size(adaptor, static, noise[0][:2]))]
+        static = adaptor.quantize_static(exported, noise.split(batch))
+        return [_Compared(STATIC, static, score(static), _saved_size(adaptor, static, noise[:2]))]
     except Exception as failure:  # it is there for comparison: a job does not end with it
         reason = " ".join(str(failure).split())[:200]
         logger.warning("%r fails and is not compared: %s: %s", STATIC, type(failure).__name__, reason)
@@ -249,7 +249,8 @@ def _baseline(adaptor: Adaptor, exported: nn.Module, noise: Sequence[Tensor], sc
 
 def _float_size(module: nn.Module) -> int:
     """Bytes of the parameters and buffers, shared ones once; what a checkpoint of them needs at least."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in module.state_dict().values()}
+    tensors = [value for value in module.state_dict().values() if isinstance(value, Tensor)]  # modules add states of their own
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 

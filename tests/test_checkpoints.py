@@ -46,6 +46,22 @@ def test_wrapping_and_prefixes_of_training_scripts_are_taken_off(
     assert read_state(file).keys() == state.keys()
 
 
+def test_what_a_module_keeps_beside_its_tensors_is_left_to_it(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    class Counting(nn.Sequential):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"epochs": 20}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            raise AssertionError(f"{state} was not asked for")
+
+    counting = Counting(*net().children())
+    torch.save(counting.state_dict(), tmp_path / "net.pth")
+    read = read_state(tmp_path / "net.pth")
+    assert read.keys() == state.keys()
+    fit_state(counting, state, "it")
+    assert all(torch.equal(counting.state_dict()[name], value) for name, value in state.items())
+
+
 def test_weights_are_read_in_place_of_their_averages_and_that_is_said(
     tmp_path: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -246,11 +246,13 @@ def torchvision_config(folder: Path, name: str, weights: str | None = None) -> M
     return config(folder, f"torchvision:{name}", weights=weights, input={"shape": [3, 64, 64]})
 
 
-def test_a_torchvision_checkpoint_brings_its_own_number_of_classes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("owner", ["", "model."])
+def test_a_torchvision_checkpoint_brings_its_own_number_of_classes(tmp_path: Path, owner: str) -> None:
     import torchvision
 
     trained = torchvision.models.mobilenet_v2(num_classes=7)
-    torch.save({"state_dict": trained.state_dict()}, tmp_path / "net.pth")
+    held = {f"{owner}{name}": value for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": held}, tmp_path / "net.pth")
     loaded = load_model(torchvision_config(tmp_path, "mobilenet_v2", "net.pth"))
     assert loaded.num_classes == 7
     assert loaded.fingerprint == fingerprint(trained, loaded.input)

@@ -22,7 +22,7 @@ NETS = """
     CLASSES = 3
 
     class Separable(nn.Module):
-        # odd on purpose: one channel, not square, depthwise, a residual, two branches that are concatenated
+        # odd on purpose: a state of its own, one channel, not square, depthwise, a residual, two branches that are concatenated
         def __init__(self):
             super().__init__()
             self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
@@ -31,6 +31,12 @@ NETS = """
             self.left = nn.Sequential(nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
             self.right = nn.Sequential(nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Hardswish())
             self.head = nn.Linear(12, CLASSES)
+
+        def get_extra_state(self):  # in the state beside the tensors
+            return {"epochs": 20}
+
+        def set_extra_state(self, state):
+            pass
 
         def forward(self, x):
             x = self.stem(x)

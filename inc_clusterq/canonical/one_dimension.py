@@ -28,7 +28,7 @@ AXIS = 2  # the new one, in front of the length
 CONVOLUTION = aten.conv1d.default
 BROADCASTING = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor}
 # Norms and PReLU take their channels from axis 1, whatever comes behind it.
-ALIKE = ACTIVATIONS | BROADCASTING | {aten.group_norm.default, aten.instance_norm.default, aten.clone.default}
+ALIKE = ACTIVATIONS | BROADCASTING | {aten.clone.default}
 
 Call = tuple[Any, tuple[Any, ...]]  # operator and arguments
 Lift = Callable[[fx.Node], fx.Node]  # the image of a signal

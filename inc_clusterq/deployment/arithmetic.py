@@ -116,7 +116,7 @@ class _Product:
         integers, scales = (_constant(module, argument) for argument in weight.args[:2])
         _, x_scale, zero_point, lowest, highest, _ = x.args
         farthest = max(abs(lowest - zero_point), abs(highest - zero_point))  # type: ignore[operator]
-        most = farthest * int(integers.flatten(1).abs().sum(1, dtype=torch.int64).max())
+        most = farthest * int(integers.flatten(1).long().abs().sum(1).max())
         self.dtype = torch.float32 if most < EXACT_FLOAT32 else torch.float64
         self.weight, self.x_scale, self.shape = integers.to(self.dtype), _single(x_scale), (-1, *[1] * (integers.dim() - 2))
         w_scales = scales.float().view(self.shape)

@@ -142,7 +142,8 @@ def parity_inputs(saved: SavedModel, images: int = IMAGES) -> Tensor:
         ) from error
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(images, len(examples), generator=generator).softmax(1)
-    mixed = torch.einsum("ne,e...->n...", 2 * weights, examples.detach())
+    middle = examples.detach().mean()
+    mixed = middle + 2 * torch.einsum("ne,e...->n...", weights, examples.detach() - middle)
     spatial = tuple(range(1, examples.dim() - 1))
     rolled = []
     for image in mixed:

@@ -104,6 +104,7 @@ def check_parity(
     Raises:
         DeploymentError: the deployed model computes something else.
     """
+    inputs = inputs.contiguous()  # a compiled model is one for inputs that lie so in memory
     within, beyond = _compare(evaluated, deployed, inputs), _compare(evaluated, deployed, inputs * OUT_OF_RANGE)
     if not (within.rms <= TOLERANCE and beyond.rms <= TOLERANCE):  # so that NaN raises too
         raise DeploymentError(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from inc_clusterq.deployment.extras import require
 from inc_clusterq.deployment.fusion import clamp_before_quantize
-from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, of_kind, source_operators
+from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, node_name, of_kind, source_operators
 from inc_clusterq.deployment.saved import input_shape
 from inc_clusterq.errors import DeploymentError, ResultError
 from inc_clusterq.inputs import MOST_PER_BATCH
@@ -139,7 +139,7 @@ def operators(module: fx.GraphModule, folder: Path) -> list[Operator]:
         kernels.setdefault(name, (node.op_type, in_int8))
     rounded = {node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"}
     unrounded = {node.name for node in written.graph.node if node.op_type == "Conv" and node.output[0] not in rounded}
-    return [_operator(source, kernels.get(_node_name(source)), _node_name(source) in unrounded) for source in sources]
+    return [_operator(source, kernels.get(node_name(source)), node_name(source) in unrounded) for source in sources]
 
 
 def _operator(source: SourceOperator, kernel: tuple[str, bool] | None, unrounded: bool) -> Operator:
@@ -173,10 +173,6 @@ def _session(folder: Path, threads: int | None, optimised: Path | None = None) -
     except Exception as error:  # its exceptions share no base class
         reason = " ".join(str(error).split())[:300]
         raise DeploymentError(f"ONNX Runtime cannot open {file}: {reason}") from error
-
-
-def _node_name(source: SourceOperator) -> str:
-    return f"{source.kind}:{source.name}"
 
 
 def _separate_zero_points(model: Any) -> None:
@@ -221,7 +217,7 @@ def _name_operators(model: Any, sources: Sequence[SourceOperator]) -> None:
             continue
         source = source if kind in NAMED else next(by_kind[kind], None)
         if source is not None:
-            node.name = _node_name(source)
+            node.name = node_name(source)
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
         del value.metadata_props[:]
     del model.metadata_props[:]

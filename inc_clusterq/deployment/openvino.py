@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from inc_clusterq.deployment.extras import require
 from inc_clusterq.deployment.onnx import OUTPUT, to_onnx
-from inc_clusterq.deployment.operators import Operator, SourceOperator, describe, source_operators
+from inc_clusterq.deployment.operators import Operator, SourceOperator, describe, node_name, source_operators
 from inc_clusterq.errors import DeploymentError, ResultError
 
 EXTRA = "openvino"
@@ -89,7 +89,7 @@ def operators(module: fx.GraphModule, folder: Path) -> list[Operator]:
         for position, name in enumerate(names):
             kernels.setdefault(name.partition("/")[0], (facts["layerType"], facts.get("runtimePrecision", ""), position > 0))
     sources = source_operators(module)
-    found = {source.node: kernels.get(f"{source.kind}:{source.name}") for source in sources}
+    found = {source.node: kernels.get(node_name(source)) for source in sources}
     (output,) = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes
     if found.get(output.name, ...) is None:  # the last operator bears the name of the model's output
         found[output.name] = kernels.get(OUTPUT)

@@ -100,6 +100,11 @@ def describe(source: SourceOperator, precision: Precision, kernel: str, reason: 
     return Operator(source.name, source.kind, source.quantizable, precision, kernel, reason)
 
 
+def node_name(source: SourceOperator) -> str:
+    """Name of its node in files of other run times, which put words of their own behind a slash, and commas between names."""
+    return f"{source.kind}:{source.name}".replace("/", "%2F").replace(",", "%2C")
+
+
 def of_kind(sources: Sequence[SourceOperator], kind: Kind) -> Iterator[SourceOperator]:
     """Those of one kind, in order."""
     return (source for source in sources if source.kind == kind)

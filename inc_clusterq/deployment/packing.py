@@ -34,7 +34,7 @@ from inc_clusterq.errors import OutputError, ResultError
 from inc_clusterq.output import replace_file
 
 PACKED = "packed.safetensors"
-FORMAT = 2
+FORMAT = 3
 PROGRAM_KEY = "program"
 STORED_BITS = 8
 
@@ -121,9 +121,12 @@ def pack(result: Path, *, overwrite: bool = False) -> Packed:
     bits = weight_bits(saved.program)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
+    first: dict[str, str] = {}  # content -> the first weight that holds it: a shared one has a copy for each reader
     for name, tensor in saved.program.state_dict.items():
         entry: dict[str, Any] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        if name in bits and tensor.dtype is torch.int8:
+        if name in bits and (same := first.setdefault(f"{bits[name]} {checksum({'': tensor})}", name)) != name:
+            entry["same_as"] = same
+        elif name in bits and tensor.dtype is torch.int8:
             entry["bits"] = bits[name]
             tensors[name] = pack_integers(tensor, bits[name])
         elif tensor.numel() and bool((tensor == 0).all()):
@@ -139,13 +142,11 @@ def pack(result: Path, *, overwrite: bool = False) -> Packed:
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
     counts: Counter[int] = Counter()
+    kept = {name: tensor.numel() for name, tensor in saved.program.state_dict.items() if "same_as" not in entries[name]}
     for name, width in bits.items():
-        counts[width] += saved.program.state_dict[name].numel()
-    float_size = 4 * sum(
-        tensor.numel()
-        for name, tensor in saved.program.state_dict.items()
-        if name in bits or name in saved.program.graph_signature.parameters
-    )
+        counts[width] += kept.get(name, 0)
+    parameters = saved.program.graph_signature.parameters
+    float_size = 4 * sum(count for name, count in kept.items() if name in bits or name in parameters)
     return Packed(file, float_size, (result / PROGRAM).stat().st_size, len(data), counts, int(tensors[PROGRAM_KEY].numel()))
 
 
@@ -170,7 +171,9 @@ def load_packed(file: Path) -> fx.GraphModule:
     program = torch.export.load(io.BytesIO(zlib.decompress(tensors[PROGRAM_KEY].numpy().tobytes())))
     for name, entry in manifest["tensors"].items():
         shape = tuple(entry["shape"])
-        if entry.get("zeros"):
+        if "same_as" in entry:
+            value = program.state_dict[entry["same_as"]]
+        elif entry.get("zeros"):
             value = torch.zeros(shape, dtype=getattr(torch, entry["dtype"]))
         elif "bits" in entry:
             value = unpack_integers(tensors[name], entry["bits"], shape)

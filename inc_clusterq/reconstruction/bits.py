@@ -79,7 +79,8 @@ def assign_bits(graph_module: fx.GraphModule, units: list[Unit], plan: BitPlan) 
             edge = node.name in last or not before[node.name]
             override = plan.asked(layer)
             if layer.quantizer:
-                bits[layer.quantizer] = override.weight or (max(plan.edge, plan.weight) if edge else plan.weight)
+                wanted = override.weight or (max(plan.edge, plan.weight) if edge else plan.weight)
+                bits[layer.quantizer] = max(bits.get(layer.quantizer, 0), wanted)  # of layers that share a weight, the finest
         elif is_observer(node) and node.name in before:
             edge = not before[node.name] or behind[node.name] <= last
             asked = [(layers[name].name, plan.asked(layers[name]).activation) for name in sorted(behind[node.name])]

@@ -10,7 +10,7 @@ per row: where frames are folded into the batch, or another axis comes first, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from inc_clusterq.nodes import active_nodes, first_axis, is_observer
 from inc_clusterq.reconstruction.layers import WEIGHTED, Layer, has_weight, read_layer
 
 aten = torch.ops.aten
-# Activation functions: a cut before one would make a target that the function then distorts (MRECG code: target after it).
+# Activation functions and norms: a cut before one would make a target that it then distorts (MRECG code: target after it).
 ACTIVATIONS = {
     aten.relu.default,
     aten.relu_.default,
@@ -50,7 +50,15 @@ ACTIVATIONS = {
     aten.sigmoid.default,
     aten.mish.default,
     aten.mish_.default,
+    aten.clamp.default,
+    aten.clamp_.default,
+    aten.clamp_min.default,
+    aten.clamp_min_.default,
+    aten.clamp_max.default,
+    aten.clamp_max_.default,
     aten.batch_norm.default,
+    aten.group_norm.default,
+    aten.instance_norm.default,
     aten.dropout.default,
     aten.dropout_.default,
 }
@@ -149,8 +157,16 @@ def _may_end_here(node: fx.Node, active: set[fx.Node]) -> bool:
     value = node.meta.get("val")
     if is_observer(node) or not (isinstance(value, Tensor) and value.is_floating_point()):
         return False
-    users = [user for user in node.users if user in active]
-    return not any(user.target in ACTIVATIONS for user in users)
+    return not any(user in active and user.target in ACTIVATIONS for user in _readers(node))
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a node's values, or a copy of them."""
+    for user in node.users:
+        if user.target is aten.clone.default:
+            yield from _readers(user)
+        else:
+            yield user
 
 
 def _with_weights(

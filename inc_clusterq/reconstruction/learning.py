@@ -96,13 +96,7 @@ def optimise(
         stage.skip(settings.iterations, label)
     else:
         best = _Best(module, learned, flow)
-        activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
-        with (
-            _learning(activations, settings.drop_probability, generator),
-            in_mode(module, Mode.HARD),
-            in_mode(learned, Mode.LEARN),
-            torch.enable_grad(),
-        ):
+        with learning(module, learned, settings.drop_probability, generator), torch.enable_grad():
             _descend(module, learned, flow, settings, generator, stage, label, best)
         best.take()
     for part in learned:
@@ -266,12 +260,20 @@ def taken(tensor: Tensor, chosen: Tensor) -> Tensor:
 
 
 @contextmanager
-def _learning(activations: list[ActivationQuantizer], probability: float, generator: torch.Generator) -> Iterator[None]:
-    """Activation quantizers drop elements, with randomness from `generator`."""
+def learning(module: nn.Module, learned: nn.ModuleList, probability: float, generator: torch.Generator) -> Iterator[None]:
+    """What is `learned` is soft, and its activation quantizers drop elements, with randomness from `generator`.
+
+    The rest stays as it is; gradients pass through its activation quantizers, behind which something learned may stand.
+    """
+    settled = nn.ModuleList(
+        part for part in simulated(module) if isinstance(part, ActivationQuantizer) and part not in set(learned)
+    )
+    activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
     for activation in activations:
         activation.drop_probability, activation.generator = probability, generator
     try:
-        yield
+        with in_mode(module, Mode.HARD), in_mode(settled, Mode.STEPS), in_mode(learned, Mode.LEARN):
+            yield
     finally:
         for activation in activations:
             activation.drop_probability, activation.generator = 0.0, None

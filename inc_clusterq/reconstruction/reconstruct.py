@@ -190,7 +190,9 @@ class _Loop:
                 began = time.perf_counter()
                 module = extract(self.quantized.graph_module, unit)
                 targets = _forward(module, float_inputs, Mode.FLOAT, self.inputs.device, shelf)
-                chain = chain.next(unit, str([quantizer.bits for quantizer in quantizers(module)]))
+                shared = [number for number, part in enumerate(simulated(module)) if part in settled]
+                bits = [quantizer.bits for quantizer in quantizers(module)]
+                chain = chain.next(unit, f"{bits}{f' settled {shared}' if shared else ''}")
                 label = f"unit {number}/{len(units)} {unit.name}"
                 found = chain.restore(module)
                 if found is not None:

@@ -39,17 +39,18 @@ def start_unit(
     graph_module, done = quantized.graph_module, set(settled)
     for layer in unit.layers:
         quantizer = getattr(graph_module, layer.quantizer) if layer.quantizer else None
-        if quantizer is None or quantizer in done or not has_columns(layer):
+        correction = quantized.correction(layer)
+        if quantizer is None or not has_columns(layer) or (quantizer in done and (correction is None or correction in done)):
             continue
+        weight, rounded = attribute(graph_module, layer.weight), quantizer in done  # by another layer that shares it
         done.add(quantizer)
-        weight, correction = attribute(graph_module, layer.weight), quantized.correction(layer)
         rows = weight.reshape(layer.groups, layer.shape[0] // layer.groups, -1)
         pairs = input_pairs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)
         if rows.shape[-1] > MOST_WEIGHTS:
             logger.info("%s has more than %d weights per row; it begins at the nearest integers", layer.name, MOST_WEIGHTS)
         else:
             moments = collect(pairs)
-            if settings.start == "second_order":
+            if settings.start == "second_order" and not rounded:
                 integers, scale, levels = best_rounding(rows.double(), moments, quantizer.bits)
                 levels = integers + SOFTNESS * (levels - integers).clamp(-HALF, HALF)
                 quantizer.restart(levels.reshape(weight.shape).to(weight.dtype), scale.flatten().to(weight.dtype))

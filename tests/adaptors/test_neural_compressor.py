@@ -143,8 +143,9 @@ def test_a_saved_model_opens_with_the_host_alone_and_computes_the_same(network: 
     folder = tmp_path / "saved_results"
     NeuralCompressorAdaptor().save(model, inputs[:2], folder)
     assert {file.name for file in folder.iterdir()} == {"qconfig.json", "quantized_weight.pt"}
-    for again in ("once", "twice"):  # which the host's own function cannot
-        model.save(example_inputs=(inputs[:2],), output_dir=str(tmp_path / again))
+    for again, images in (("once", 2), ("twice", 1)):  # which the host's own function cannot
+        model.save(example_inputs=(inputs[:images],), output_dir=str(tmp_path / again))
+        assert torch.equal(NeuralCompressorAdaptor().load(tmp_path / again)(inputs * 5), expected)
         assert (tmp_path / again / "qconfig.json").read_text() == (folder / "qconfig.json").read_text()
     torch.save((inputs * 5, expected), tmp_path / "expected.pt")
     command = [sys.executable, "-c", LOADER, str(folder), str(tmp_path / "expected.pt")]

@@ -76,6 +76,7 @@ def test_a_saved_configuration_tells_nothing_about_the_machine(tmp_path: Path) -
         ({"seed": None}, ValueError, "seed is None; it must be a whole number from 0"),
         ({"seed": 1.5}, ValueError, r"seed is 1\.5"),
         ({"layer_bits": {"fc": (16, 8)}}, ValueError, r"bits of 'fc' is \(16, 8\)"),
+        ({"layer_bits": {"fc": (4.0, 8)}}, ValueError, r"bits of 'fc' is \(4\.0, 8\)"),
         ({"layer_bits": {"fc": 4}}, ValueError, "bits of 'fc' is 4; it must be a pair"),
         ({"kind_bits": {"conv": (4, 8)}}, ValueError, "kind_bits names 'conv'; it must be one of dense, depthwise"),
         ({"kind_bits": {"linear": (1, 8)}}, ValueError, r"bits of 'linear' is \(1, 8\)"),

@@ -28,6 +28,7 @@ from odd_networks import (
     Sequence,
     Shifted,
     Siamese,
+    Unread,
     Unremembered,
     Upsampled,
     UpsampledInGroups,
@@ -136,6 +137,15 @@ def test_numbers_may_be_added_behind_layers(images: Tensor, make: Callable[[], n
     assert error(model(images), net(images)) < 0.03
     assert all(found.quantized for found in source_operators(model) if found.kind in ("convolution", "linear"))
     assert error(compile_frozen(model, images[:1])(images[:1]), model(images[:1])) < 0.01
+
+
+@torch.no_grad()
+def test_a_layer_that_nothing_reads_is_no_part_of_the_job(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Unread()
+    model = quantized(net, images, w_bits=8, act_bits=8)
+    assert error(model(images), net(images)) < 0.03
+    assert sorted(layer for unit in model.reconstruction.units for layer in unit.layers) == ["last", "one"]
 
 
 @torch.no_grad()

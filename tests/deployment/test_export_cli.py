@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from inc_clusterq.cli import app
 from inc_clusterq.cpu import Cpu
+from inc_clusterq.deployment.export import parity_inputs
 from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.deployment.targets import TARGETS
 
@@ -152,3 +155,17 @@ def test_pack_prints_the_sizes_and_does_not_replace_without_being_asked(result: 
     assert (folder / "packed.safetensors").is_file()
     assert call("pack", folder).exit_code == 2
     assert call("pack", folder, "--overwrite").exit_code == 0
+
+
+def test_images_of_the_check_have_the_contrast_of_the_calibration_twice_and_its_brightness(saved: SavedResult) -> None:
+    model = saved("residual", 4)
+    described = {"shape": list(model.shape), "range": [0, 255], "mean": [0], "std": [1]}
+    bright = replace(model, report={"config": {"model": {"input": described}}}, program=deepcopy(model.program))
+    examples = 120 + 20 * torch.rand(2, *model.shape, generator=torch.Generator().manual_seed(0))
+    bright.program._example_inputs = ((examples,), {})
+    images = parity_inputs(bright)
+    assert float(images.mean()) == pytest.approx(float(examples.mean()), rel=1e-3)
+    assert 0 < float(images.min()) < float(images.max()) < 255
+    weights = torch.tensor([0.7, 0.3])
+    single = float((2 * torch.einsum("n,n...->...", weights, examples)).std())
+    assert float(images[0].std()) == pytest.approx(single, rel=0.2)

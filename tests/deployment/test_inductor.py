@@ -53,6 +53,16 @@ def test_without_the_clamps_the_compiled_model_is_another_one(
         check_parity(converted, compiled, inputs)
 
 
+def test_images_are_compared_as_they_lie_for_the_compiled_model() -> None:
+    gray = torch.rand(5, 1, 4, 4).expand(-1, 3, -1, -1)
+
+    def deployed(image: Tensor) -> Tensor:
+        assert image.is_contiguous()  # for others it is compiled anew, and in float
+        return image.flatten(1)
+
+    assert check_parity(nn.Flatten(), deployed, gray).identical == 1.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -17,7 +17,7 @@ from inc_clusterq.deployment.inductor import check_parity
 from inc_clusterq.deployment.onnx_bias import between_borders
 from inc_clusterq.deployment.onnx_graph import Graph
 from inc_clusterq.deployment.onnx_rewrite import rewrite
-from inc_clusterq.deployment.operators import fallbacks
+from inc_clusterq.deployment.operators import SourceOperator, fallbacks, node_name
 from inc_clusterq.deployment.saved import SavedModel
 from inc_clusterq.errors import DeploymentError, MissingDependencyError, ResultError
 
@@ -122,6 +122,11 @@ def test_plain_onnx_runtime_opens_the_file_and_needs_nothing_else(exported: Call
     assert b".py" not in data  # no source files of whoever exported it
 
 
+def test_names_may_hold_what_run_times_write_between_theirs() -> None:
+    source = SourceOperator("branch/3x3,a", "convolution", "conv2d", quantizable=True, quantized=True)
+    assert node_name(source) == "convolution:branch%2F3x3%2Ca"
+
+
 def test_a_convolution_that_the_host_leaves_in_float_is_listed_with_the_reason(
     exported: Callable[..., tuple[SavedModel, Path]],
 ) -> None:
@@ -193,6 +198,39 @@ def test_behind_a_padding_or_a_reshape_no_sum_of_4_bits_changes_its_level(betwee
     session = onnxruntime.InferenceSession(rewrite(model).SerializeToString(), providers=["CPUExecutionProvider"])
     wrong = np.abs(session.run(None, {"input": x})[0] - expected).max((0, 2, 3)) > 0.001
     assert wrong.sum() <= 1  # a sum within float rounding of a border may fall to either side
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("left", [0, 1])  # integers of the channel whose scale is the least there is
+def test_a_bias_that_is_everything_in_its_channel_is_kept(group: int, left: int) -> None:
+    rng = np.random.default_rng(0)
+    weight, scale = rng.integers(-64, 64, (4, 4 // group, 3, 3)).astype(np.int8), rng.uniform(0.001, 0.002, 4)
+    weight[2], scale[2] = left, 2.0**-23
+    constants = {
+        "scale_1": np.float32(1 / 255),
+        "scale_2": np.float32(0.02),
+        "zero": np.uint8(0),
+        "weight": weight,
+        "weight_scale": scale.astype(np.float32),
+        "weight_zero": np.zeros(4, np.int8),
+        "bias": np.array([0.1, -0.1, 2.5, 0.2], np.float32),  # the third is 5e9 in units of its sums
+    }
+    make = onnx.helper.make_node
+    nodes = [
+        make("QuantizeLinear", ["input", "scale_1", "zero"], ["levels_1"]),
+        make("DequantizeLinear", ["levels_1", "scale_1", "zero"], ["x"]),
+        make("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["real_weight"], axis=0),
+        make("Conv", ["x", "real_weight", "bias"], ["sums"], name="conv", group=group),
+        make("QuantizeLinear", ["sums", "scale_2", "zero"], ["levels_2"]),
+        make("DequantizeLinear", ["levels_2", "scale_2", "zero"], ["output"]),
+    ]
+    model = _model(nodes, constants, {"input": [1, 4, 6, 6], "output": [1, 4, 4, 4]})
+    x = rng.uniform(0, 1, (1, 4, 6, 6)).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"input": x})[0]  # type: ignore[index]
+    session = onnxruntime.InferenceSession(rewrite(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"input": x})[0]
+    assert np.abs(found - expected).max() <= 0.0201  # the bias is rounded, which moves a sum by one level at most
+    assert np.abs(found[:, 2] - 2.5).max() < 0.001
 
 
 def test_a_second_rounding_to_other_levels_is_kept_and_what_is_behind_it_runs_in_int8(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def test_the_sizes_are_those_of_the_weights(saved: SavedResult) -> None:
     assert found.float_size == 4 * (296 + 4608 + 8 + 8 + 8 + 16 + 16 + 5)
 
 
+def test_a_weight_that_two_layers_share_is_stored_and_counted_once(saved: SavedResult) -> None:
+    found = pack(saved("tied", 8, weight_ceiling=8).folder, overwrite=True)
+    assert found.weights == {8: 8 * 27 + 8 * 72 + 8 * 5}
+    assert found.float_size == 4 * (8 * 27 + 8 + 8 * 72 + 8 + 8 * 5 + 5)
+
+
 def test_a_packed_file_is_only_replaced_when_asked(saved: SavedResult) -> None:
     folder = saved("chain").folder
     pack(folder, overwrite=True)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from torch import fx
+import torch
+from odd_networks import Twin
+from torch import Tensor, fx, nn
 
 from inc_clusterq.nodes import is_observer
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits, assign_bits
@@ -12,6 +14,7 @@ from inc_clusterq.reconstruction.graph import extract, partition
 from inc_clusterq.reconstruction.quantizers import install_quantizers, quantizers
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
+Prepare = Callable[[nn.Module, Tensor], fx.GraphModule]
 Prepared = Callable[[str], fx.GraphModule]
 Bits = tuple[dict[str, int], dict[str, int]]
 
@@ -105,6 +108,14 @@ def test_every_quantizer_has_bits(prepared: Prepared, name: str) -> None:
     bits = assign_bits(graph_module, partition(graph_module), BitPlan(4, 4))
     assert set(bits) == {str(node.target) for node in graph_module.graph.nodes if is_observer(node)}
     assert set(bits.values()) <= {4, 8}
+
+
+@pytest.mark.parametrize("asked", ["three", "four"])
+def test_a_weight_that_two_layers_share_has_the_bits_of_the_finer_request(prepare: Prepare, asked: str) -> None:
+    graph_module = prepare(Twin().eval(), torch.rand(8, 3, 8, 8))
+    assert bits_of(graph_module, BitPlan(4, 4))[0] == {"one": 8, "three": 4, "four": 4, "two": 4, "last": 8}
+    weights, _ = bits_of(graph_module, BitPlan(4, 4, layers={asked: LayerBits(weight=6)}))
+    assert (weights["three"], weights["four"]) == (6, 6)
 
 
 def test_a_layer_that_stays_in_float_has_no_bits(prepared: Prepared) -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from odd_networks import Normed
 from torch import Tensor, fx, nn
 
 from inc_clusterq.nodes import is_observer
@@ -49,6 +50,13 @@ def reaches_output_without(graph_module: fx.GraphModule, removed: str) -> bool:
         if node.name != removed and any(argument.name in reached for argument in node.all_input_nodes):
             reached.add(node.name)
     return "output" in reached
+
+
+def test_a_unit_ends_behind_limits_and_norms(prepare: Prepare) -> None:
+    graph_module = prepare(Normed().eval(), torch.rand(8, 3, 8, 8))
+    operators = {node.name: str(node.target) for node in graph_module.graph.nodes}
+    ends = {unit.name: operators[unit.end].split(".")[1] for unit in partition(graph_module)}
+    assert ends == {"one": "clamp", "up": "relu", "two": "relu", "last": "linear"}
 
 
 @pytest.mark.parametrize("name", UNITS)

@@ -5,16 +5,25 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from odd_networks import Inception
 from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import Stage
-from inc_clusterq.reconstruction.fake_quantize import Mode
+from inc_clusterq.reconstruction.bits import BitPlan
+from inc_clusterq.reconstruction.fake_quantize import Mode, WeightQuantizer
 from inc_clusterq.reconstruction.graph import extract
-from inc_clusterq.reconstruction.learning import Flow, images_per_step, keep_back, optimise, reconstruction_loss
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations
+from inc_clusterq.reconstruction.learning import Flow, images_per_step, keep_back, learning, optimise, reconstruction_loss
+from inc_clusterq.reconstruction.quantizers import (
+    QuantizedGraph,
+    in_mode,
+    initialise_activations,
+    install_quantizers,
+    simulated,
+)
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
+Prepare = Callable[[nn.Module, Tensor], fx.GraphModule]
 Quantized = Callable[..., QuantizedGraph]
 Quick = Callable[..., ReconstructionSettings]
 Learn = Callable[..., tuple[fx.GraphModule, Flow]]
@@ -56,6 +65,28 @@ def learn(quantized: Quantized, network: Network) -> Learn:
         return unit, flow
 
     return make
+
+
+def test_gradients_pass_through_what_an_earlier_unit_has_settled(prepare: Prepare) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(8, 3, 8, 8)
+    graph = install_quantizers(prepare(Inception().eval(), x), BitPlan(4, 4), ReconstructionSettings())
+    initialise_activations(graph, x, 8)
+    settled: set[nn.Module] = set()
+    inside = []
+    for unit in graph.units:
+        module = extract(graph.graph_module, unit)
+        learned = nn.ModuleList(part for part in simulated(module) if part not in settled)
+        with torch.no_grad(), in_mode(module, Mode.FLOAT):
+            y = module(x)
+        with learning(module, learned, 0.0, torch.Generator()):
+            reconstruction_loss(module(x), y).backward()
+        gradients = [part.v.grad for part in learned if isinstance(part, WeightQuantizer)]
+        assert all(gradient is not None and bool(gradient.any()) for gradient in gradients), unit.name
+        inside += [unit.name for part in simulated(module) if part in settled]
+        settled.update(simulated(module))
+        x = y
+    assert "middle .. reduced" in inside
 
 
 @pytest.mark.parametrize(

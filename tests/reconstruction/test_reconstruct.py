@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from odd_networks import Twin
+from torch import Tensor, fx, nn
 
 from inc_clusterq.progress import Stage
+from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, Mode, WeightQuantizer
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, quantizers
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, install_quantizers, quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
+Prepare = Callable[[nn.Module, Tensor], fx.GraphModule]
 Quantized = Callable[..., QuantizedGraph]
 Quick = Callable[..., ReconstructionSettings]
 Run = Callable[..., tuple[Reconstruction, QuantizedGraph, Tensor]]
@@ -253,6 +256,19 @@ def test_a_quantizer_that_two_units_share_stays_as_its_first_unit_left_it(
     # The losses are measured on the way, so they agree with the end only if nothing changed behind them. They are of the order
     # of float32's own rounding here, which differs from machine to machine.
     assert report.units[-1].loss == pytest.approx(float((outputs - targets).square().sum(1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "modcap"])
+def test_a_bias_of_its_own_is_corrected_behind_a_weight_that_another_layer_has_too(
+    prepare: Prepare, quick: Quick, granularity: str
+) -> None:
+    torch.manual_seed(0)
+    inputs, settings = torch.rand(16, 3, 8, 8), quick(granularity=granularity)
+    graph = install_quantizers(prepare(Twin().eval(), inputs), BitPlan(3, 3), settings)
+    reconstruct(graph, inputs, settings, seed=0, store=UnitStore())
+    corrections = [graph.correction(layer) for unit in graph.units for layer in unit.layers]
+    assert len(corrections) == 5
+    assert all(correction is not None and bool((correction.unit > 0).all()) for correction in corrections)
 
 
 @pytest.mark.parametrize("name", ["transposed", "in_place", "shuffle"])

@@ -228,6 +228,58 @@ class Columns(Odd):
         return self.last(torch.relu(self.plain(torch.relu(self.narrow(torch.relu(self.wide(x)))))))  # type: ignore[no-any-return]
 
 
+class Inception(Odd):
+    """Concatenates what a layer gives with a pool of an earlier concatenation, so that all have one quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.middle, self.reduced = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 3, stride=2, padding=1)
+        self.behind = nn.Conv2d(24, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.one(x))
+        x = torch.cat([functional.relu(self.left(x)), functional.relu(self.right(x))], 1)
+        reduced = functional.relu(self.reduced(functional.relu(self.middle(x))))
+        return self.end(self.behind(torch.cat([reduced, functional.max_pool2d(x, 2)], 1)))
+
+
+class Twin(Odd):
+    """Two layers with one weight and biases of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three, self.four = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.four.weight = self.three.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.three(torch.relu(self.one(x))))
+        return self.end(self.two(torch.relu(self.four(x))))
+
+
+class Normed(Odd):
+    """Has its norms behind copies, in groups, and an activation function written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.ConvTranspose2d(8, 8, 2, stride=2, groups=2), normed(8)
+        self.groups = nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x).clamp(min=0)
+        x = torch.relu(self.norm(self.up(x)))
+        return self.end(self.groups(self.two(x)))
+
+
+class Unread(Odd):
+    """Computes what nothing reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        self.two(x)
+        return self.end(x)
+
+
 class Limited(Odd):
     """Cuts a tensor that is quantized next, in a way of its own."""
 
