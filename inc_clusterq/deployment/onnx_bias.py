@@ -21,8 +21,7 @@ from inc_clusterq.deployment.onnx_graph import Array, Graph, attribute
 FULL_LEVELS = 129  # fewer are below 8 bits; a ReLU6 may cut a few off the 256
 STRETCHES = (1.0, *(1 + sign * step / 5000 for step in range(1, 51) for sign in (1, -1)))  # of a weight scale
 PICKING = ("MaxPool", "Transpose", "Reshape", "Flatten")  # their outputs are among their inputs
-EMPTY_BIAS = 2**20  # integer that the bias of a channel without weights is at most
-INT32_MAX = np.iinfo(np.int32).max
+LARGEST_BIAS = 2**30  # leaves as much for the sums
 SMALL_WEIGHT = 63  # products of 8-bit activations with weights up to here never saturate 16 bits, with or without VNNI
 
 
@@ -82,23 +81,22 @@ class IntegerBias:
 
     integers: Array  # int32, (out,)
     shift: int  # the input's integers are multiplied by 2^shift
+    weight: Array  # int8, (out, in, ...)
     weight_scale: Array  # float32, (out,)
     exact: bool  # every sum falls on the level that it has with the real bias
-    fits: bool  # 32 bits hold every sum with its bias
 
 
 def integer_bias(graph: Graph, node: NodeProto, operands: Operands) -> IntegerBias:
     """The nearest integers, or with outputs below 8 bits those that leave every sum on its level."""
-    operands = _with_fitting_scales(operands)
     coarse = levels_of(graph, node) < FULL_LEVELS
     shift = _spare_bits(graph, operands.x) if coarse else 0
+    operands = _with_fitting_bias(operands, shift)
     scale = sums_scale(operands.x_scale, operands.weight_scale, shift)
-    nearest, sums, unit = _whole(operands.bias / scale), _reachable(graph, operands), operands.widened << shift
-    farthest = np.maximum(-sums[0], sums[1])[:, 0].astype(np.float64) * unit + np.abs(operands.bias / scale)
-    fits = bool((farthest <= INT32_MAX).all())
+    nearest = _whole(operands.bias / scale)
     if not coarse:
-        return IntegerBias(nearest, shift, operands.weight_scale, exact=False, fits=fits)
-    borders = borders_of(graph, node)
+        return IntegerBias(nearest, shift, operands.weight, operands.weight_scale, exact=False)
+    unit = operands.widened << shift
+    borders, sums = borders_of(graph, node), _reachable(graph, operands)
     first = np.ceil((borders / scale[:, None] - (operands.bias / scale)[:, None]) / unit)  # the lowest sum above a border
     integers, weight_scale = nearest.copy(), operands.weight_scale.copy()
     undecided = np.ones(len(integers), bool)
@@ -112,18 +110,25 @@ def integer_bias(graph: Graph, node: NodeProto, operands: Operands) -> IntegerBi
         undecided &= ~decided
         if not undecided.any() or unit == 1:
             break
-    return IntegerBias(integers, shift, weight_scale, exact=fits and not undecided.any(), fits=fits)
+    return IntegerBias(integers, shift, operands.weight, weight_scale, exact=not undecided.any())
 
 
-def _with_fitting_scales(operands: Operands) -> Operands:
-    """Of a channel without weights, which a network that was pruned has, any scale is right: one that its bias needs."""
-    empty = ~operands.weight.reshape(len(operands.weight), -1).any(1)
-    needed = (np.abs(operands.bias) / (operands.x_scale * EMPTY_BIAS)).astype(np.float32)
-    return replace(operands, weight_scale=np.where(empty, np.maximum(operands.weight_scale, needed), operands.weight_scale))
+def _with_fitting_bias(operands: Operands, shift: int) -> Operands:
+    """With coarser weights where 32 bits do not hold the bias in units of the sums, as in channels that were pruned.
+
+    There the bias is a billion of these units. Rounding K weights to some of them moves a sum by less than K 3e-7 of the bias.
+    """
+    unit = sums_scale(operands.x_scale, operands.weight_scale, shift)
+    coarser = np.maximum(np.ceil(np.abs(operands.bias) / unit / LARGEST_BIAS), 1)
+    if (coarser == 1).all():
+        return operands
+    integers = operands.weight.astype(np.int16) // operands.widened
+    rounded = np.rint(integers / coarser.reshape(-1, *[1] * (integers.ndim - 1))) * operands.widened
+    return replace(operands, weight=rounded.astype(np.int8), weight_scale=(operands.weight_scale * coarser).astype(np.float32))
 
 
 def _whole(values: Array) -> Array:
-    return np.clip(np.rint(values), -INT32_MAX, INT32_MAX).astype(np.int32)
+    return np.rint(values).astype(np.int32)
 
 
 def sums_scale(x_scale: float, weight_scale: Array, shift: int) -> Array:

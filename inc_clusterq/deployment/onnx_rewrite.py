@@ -157,30 +157,15 @@ def _multiply_integers(graph: Graph) -> None:
         levels = levels_of(graph, node)
         if node.op_type == "Gemm":
             _as_product(graph, node, operands) if operands.transposed else graph.nodes.append(node)
-        elif levels and _takes(bias := integer_bias(graph, node, operands), exactly=dense and levels < FULL_LEVELS):
+        elif levels and (levels >= FULL_LEVELS or not dense):
+            _round_bias(graph, node, operands, integer_bias(graph, node, operands))
+        elif levels and (bias := integer_bias(graph, node, operands)).exact:
             _round_bias(graph, node, operands, bias)
         elif dense:
             _as_patches(graph, node, operands)
-        elif levels:
-            _in_float(graph, node, operands)
         else:
             graph.nodes.append(node)
     graph.commit()
-
-
-def _takes(bias: IntegerBias, *, exactly: bool) -> bool:
-    """Whether a kernel may add this bias; `exactly` where there is another way, which rounds nothing."""
-    return bias.exact if exactly else bias.fits
-
-
-def _in_float(graph: Graph, node: NodeProto, operands: Operands) -> None:
-    """A convolution whose sums 32 bits do not hold; with its weight as integers ONNX Runtime would make it one of them."""
-    scale = operands.weight_scale.reshape(-1, *[1] * (operands.weight.ndim - 1))
-    weight = graph.constant(f"{node.name}.weight_real", operands.weight.astype(np.float32) * scale)
-    rewritten = NodeProto()
-    rewritten.CopyFrom(node)
-    rewritten.input[1] = weight
-    graph.nodes.append(rewritten)
 
 
 def _round_bias(graph: Graph, node: NodeProto, operands: Operands, bias: IntegerBias) -> None:
@@ -193,7 +178,7 @@ def _round_bias(graph: Graph, node: NodeProto, operands: Operands, bias: Integer
         zero = np.left_shift(operands.x_zero, np.uint8(bias.shift))
         names = [graph.constant(f"{node.name}.x_scale", scale), graph.constant(f"{node.name}.x_zero", zero)]
         x = graph.add("DequantizeLinear", [levels, *names], f"{node.name}.x", f"{node.name}.x_dq")
-    weight = _dequantized(graph, node, operands.weight, bias.weight_scale, axis=0, dtype=np.int8)
+    weight = _dequantized(graph, node, bias.weight, bias.weight_scale, axis=0, dtype=np.int8)
     scale_of_sums = sums_scale(operands.x_scale, bias.weight_scale, bias.shift).astype(np.float32)
     bias_name = _dequantized(graph, node, bias.integers, scale_of_sums, axis=0, dtype=np.int32)
     rewritten = NodeProto()
