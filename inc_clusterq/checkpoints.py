@@ -28,7 +28,7 @@ AVERAGES = ("state_dict_ema", "model_ema", "ema")
 """Keys of moving averages of the weights; such a state dict is read where it is the only one."""
 
 EXTRA = "_extra_state"
-"""How torch ends the name of what a module adds to its state dict beside tensors; a model keeps its own."""
+"""How torch ends the name of what a module adds to its state dict beside parameters and buffers; a model keeps its own."""
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile leave in front of all names."""
@@ -57,7 +57,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def fit_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load `state` into `module`; ModelError lists the names, shapes and types that do not fit it."""
-    expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    expected = {name: value for name, value in module.state_dict().items() if not name.endswith(EXTRA)}
     state = without_owner(state, expected)
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in expected]

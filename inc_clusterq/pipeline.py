@@ -90,7 +90,7 @@ def quantize(config: Config, *, overwrite: bool = False, strict: bool = False, p
                 _Compared(OURS, adaptor.load(folder), outcome.best.score, _size(folder)),
             ]
             models = {one.name: one.module for one in compared}
-            parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES].contiguous(), stage)
+            parity, latencies, operators = _deployed(models, outcome.model, judge.inputs[:PARITY_IMAGES], stage)
         if strict:
             require_int8(operators, "inductor")
         result = Result(

@@ -46,12 +46,15 @@ def test_wrapping_and_prefixes_of_training_scripts_are_taken_off(
     assert read_state(file).keys() == state.keys()
 
 
-def test_what_a_module_keeps_beside_its_tensors_is_left_to_it(tmp_path: Path, state: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("extra", [{"epochs": 20}, torch.tensor(20)])
+def test_what_a_module_keeps_beside_parameters_and_buffers_is_left_to_it(
+    tmp_path: Path, state: dict[str, Tensor], extra: object
+) -> None:
     class Counting(nn.Sequential):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"epochs": 20}
+        def get_extra_state(self) -> object:
+            return extra
 
-        def set_extra_state(self, state: dict[str, int]) -> None:
+        def set_extra_state(self, state: object) -> None:
             raise AssertionError(f"{state} was not asked for")
 
     counting = Counting(*net().children())

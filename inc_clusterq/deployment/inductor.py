@@ -69,10 +69,11 @@ def compile_frozen(
     try:
         # The setting, not `options={"freezing": True}`: with that the int8 weight packing fails on the host's own models.
         with torch.no_grad(), inductor_config.patch(freezing=True):
-            compiled(example)
+            compiled(example.contiguous())
     except Exception as error:  # the compiler raises whatever its stages raise
         raise DeploymentError(f"the model cannot be compiled: {_cause(error)}") from error
-    return compiled
+    # Inputs that lie otherwise in memory would have it compiled again, and without the setting.
+    return lambda inputs: compiled(inputs.contiguous())
 
 
 def _cause(error: BaseException) -> str:
@@ -104,7 +105,6 @@ def check_parity(
     Raises:
         DeploymentError: the deployed model computes something else.
     """
-    inputs = inputs.contiguous()  # a compiled model is one for inputs that lie so in memory
     within, beyond = _compare(evaluated, deployed, inputs), _compare(evaluated, deployed, inputs * OUT_OF_RANGE)
     if not (within.rms <= TOLERANCE and beyond.rms <= TOLERANCE):  # so that NaN raises too
         raise DeploymentError(

@@ -43,7 +43,6 @@ def load_inductor(folder: Path) -> Compiled:
     compiled: dict[tuple[int, ...], Compiled] = {}
 
     def call(inputs: Tensor) -> Tensor:
-        inputs = inputs.contiguous()  # for others it would be compiled again, and not frozen
         shape = tuple(inputs.shape)
         if shape not in compiled:  # a module of its own for each, since torch counts the recompilations of one
             compiled[shape] = compile_frozen(as_module(program), inputs)

@@ -265,14 +265,12 @@ def learning(module: nn.Module, learned: nn.ModuleList, probability: float, gene
 
     The rest stays as it is; gradients pass through its activation quantizers, behind which something learned may stand.
     """
-    settled = nn.ModuleList(
-        part for part in simulated(module) if isinstance(part, ActivationQuantizer) and part not in set(learned)
-    )
+    all_activations = nn.ModuleList(part for part in simulated(module) if isinstance(part, ActivationQuantizer))
     activations = [part for part in learned if isinstance(part, ActivationQuantizer)]
     for activation in activations:
         activation.drop_probability, activation.generator = probability, generator
     try:
-        with in_mode(module, Mode.HARD), in_mode(settled, Mode.STEPS), in_mode(learned, Mode.LEARN):
+        with in_mode(module, Mode.HARD), in_mode(all_activations, Mode.STEPS), in_mode(learned, Mode.LEARN):
             yield
     finally:
         for activation in activations:

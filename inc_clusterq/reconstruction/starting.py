@@ -40,9 +40,10 @@ def start_unit(
     for layer in unit.layers:
         quantizer = getattr(graph_module, layer.quantizer) if layer.quantizer else None
         correction = quantized.correction(layer)
-        if quantizer is None or not has_columns(layer) or (quantizer in done and (correction is None or correction in done)):
+        rounded = quantizer in done  # by another layer that shares the weight
+        if quantizer is None or not has_columns(layer) or (rounded and (correction is None or correction in done)):
             continue
-        weight, rounded = attribute(graph_module, layer.weight), quantizer in done  # by another layer that shares it
+        weight = attribute(graph_module, layer.weight)
         done.add(quantizer)
         rows = weight.reshape(layer.groups, layer.shape[0] // layer.groups, -1)
         pairs = input_pairs(graph_module, unit, layer, float_inputs, quantized_inputs, batch_size)

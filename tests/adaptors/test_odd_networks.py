@@ -53,6 +53,13 @@ def quantized(net: nn.Module, inputs: Tensor, **keys: Any) -> Any:
     return quantize(exported, MRECGConfig(iterations=4, views=1, **keys), run_fn=lambda model: model(inputs))
 
 
+def kept(net: nn.Module, inputs: Tensor) -> Any:
+    """The network at 8 bits, which computes nearly what it did."""
+    model = quantized(net, inputs, w_bits=8, act_bits=8)
+    assert error(model(inputs), net(inputs)) < 0.03
+    return model
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -89,8 +96,7 @@ def test_what_the_host_leaves_in_float_is_not_raised_with_its_unit(images: Tenso
 def test_a_buffer_that_no_checkpoint_has_stays_where_it_is_read(images: Tensor) -> None:
     torch.manual_seed(0)
     net = Centred()
-    model = quantized(net, images, w_bits=8, act_bits=8)
-    assert error(model(images), net(images)) < 0.03
+    model = kept(net, images)
     file = io.BytesIO()
     torch.export.save(torch.export.export(model, (images,)), file)
     file.seek(0)
@@ -100,8 +106,7 @@ def test_a_buffer_that_no_checkpoint_has_stays_where_it_is_read(images: Tensor) 
 @torch.no_grad()
 def test_a_recurrent_network_keeps_what_the_host_does_not_know_in_float(images: Tensor) -> None:
     torch.manual_seed(0)
-    net = Recurrent()
-    assert error(quantized(net, images, w_bits=8, act_bits=8)(images), net(images)) < 0.03
+    kept(Recurrent(), images)
 
 
 @torch.no_grad()
@@ -116,8 +121,7 @@ def test_a_batch_norm_is_folded_where_nothing_else_changes_by_it(images: Tensor,
     torch.manual_seed(0)
     net = make()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    model = quantized(net, images, w_bits=8, act_bits=8)
-    assert error(model(images), net(images)) < 0.03
+    kept(net, images)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
@@ -133,8 +137,7 @@ def test_a_batch_norm_is_folded_where_nothing_else_changes_by_it(images: Tensor,
 def test_numbers_may_be_added_behind_layers(images: Tensor, make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     net = make()
-    model = quantized(net, images, w_bits=8, act_bits=8)
-    assert error(model(images), net(images)) < 0.03
+    model = kept(net, images)
     assert all(found.quantized for found in source_operators(model) if found.kind in ("convolution", "linear"))
     assert error(compile_frozen(model, images[:1])(images[:1]), model(images[:1])) < 0.01
 
@@ -142,9 +145,7 @@ def test_numbers_may_be_added_behind_layers(images: Tensor, make: Callable[[], n
 @torch.no_grad()
 def test_a_layer_that_nothing_reads_is_no_part_of_the_job(images: Tensor) -> None:
     torch.manual_seed(0)
-    net = Unread()
-    model = quantized(net, images, w_bits=8, act_bits=8)
-    assert error(model(images), net(images)) < 0.03
+    model = kept(Unread(), images)
     assert sorted(layer for unit in model.reconstruction.units for layer in unit.layers) == ["last", "one"]
 
 
@@ -185,8 +186,7 @@ def test_a_tensor_of_the_networks_own_has_8_bits(images: Tensor) -> None:
 def test_a_product_with_a_matrix_of_the_networks_own_is_a_linear_layer(images: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Multiplied()
-    model = quantized(net, images, w_bits=8, act_bits=8)
-    assert error(model(images), net(images)) < 0.03
+    model = kept(net, images)
     assert {(found.kind, found.quantized) for found in source_operators(model) if found.kind == "linear"} == {("linear", True)}
     assert sum(found.kind == "linear" for found in source_operators(model)) == 2
     narrow = quantized(
@@ -201,8 +201,7 @@ def test_a_users_own_limits_are_kept(images: Tensor, limit: str) -> None:
     torch.manual_seed(0)
     net = Limited(LIMITS[limit])
     inputs = 2 * images
-    model = quantized(net, inputs, w_bits=8, act_bits=8)
-    assert error(model(inputs), net(inputs)) < 0.03
+    model = kept(net, inputs)
     on_integers = [node for node in model.graph.nodes if node.target is aten.clamp.default and node.args[0].target is QUANTIZE]
     assert all(node.args[2] < 256 for node in on_integers)
 

@@ -53,14 +53,15 @@ def test_without_the_clamps_the_compiled_model_is_another_one(
         check_parity(converted, compiled, inputs)
 
 
-def test_images_are_compared_as_they_lie_for_the_compiled_model() -> None:
-    gray = torch.rand(5, 1, 4, 4).expand(-1, 3, -1, -1)
-
-    def deployed(image: Tensor) -> Tensor:
-        assert image.is_contiguous()  # for others it is compiled anew, and in float
-        return image.flatten(1)
-
-    assert check_parity(nn.Flatten(), deployed, gray).identical == 1.0
+def test_images_that_lie_otherwise_in_memory_do_not_compile_the_model_again(
+    reconstructed: Reconstructed, network: Network
+) -> None:
+    _, inputs = network("chain")
+    gray = inputs[:, :1].expand(-1, 3, -1, -1)
+    compiled = compile_frozen(convert(reconstructed("chain")), gray[:1])
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        for image in (gray[1:2], gray[1:2].contiguous(), gray[1:2].to(memory_format=torch.channels_last)):
+            compiled(image)
 
 
 @pytest.mark.slow
