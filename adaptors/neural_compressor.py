@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class NeuralCompressorAdaptor:
         example = torch.zeros(2, *model.input.shape)
         dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES_PER_CALL)},)
         printed = io.StringIO()  # the exporter prints the whole graph where it fails
-        with quiet(logging.CRITICAL, HOST_LOG), redirect_stdout(printed), redirect_stderr(printed):
+        with quiet(logging.CRITICAL, HOST_LOG), redirect_stdout(printed), redirect_stderr(printed), _differentiable_attention():
             try:
                 exported = host_export(model.module, (example,), dynamic_shapes=dynamic_shapes)
             except RuntimeError as error:
@@ -167,6 +167,17 @@ def _config(trial: Trial, request: TuningRequest, workspace: Path | None) -> MRE
         workspace=str(workspace) if workspace else None,
         settings=settings,
     )
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Inside, layers such as `nn.TransformerEncoderLayer` are not one operator, of which units could learn nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _why_not_exported(module: nn.Module, example: Tensor, dynamic_shapes: Any) -> str:

@@ -38,12 +38,13 @@ from inc_clusterq.errors import ModelError
 from inc_clusterq.layout import laid_out
 from inc_clusterq.nodes import is_observer
 from inc_clusterq.placement import CPU, moved, within_gpu_memory
+from inc_clusterq.precision import float32_by_default
 from inc_clusterq.progress import SILENT, Progress
 from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.granularity import explicit_units
-from inc_clusterq.reconstruction.graph import extract
+from inc_clusterq.reconstruction.graph import extract, replace_observers
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers, lowest_bits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -67,6 +68,7 @@ def watched_by(progress: Progress) -> Iterator[None]:
         _progress.reset(token)
 
 
+@float32_by_default()
 def mrecg_entry(
     model: nn.Module,
     configs_mapping: dict[Any, Any],
@@ -130,6 +132,7 @@ def _prepare(model: nn.Module) -> fx.GraphModule:
             f"{f': {error}' if str(error) else ''}; its traceback, which --debug shows, tells at which operator"
         ) from error
     prepared: fx.GraphModule = deepcopy(by_host)  # the exported graph shares its parameters with the user's float model
+    replace_observers(prepared, lambda name: nn.Identity())  # they cost time, and fail where kernels depend on the batch
     batches: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -49,7 +49,8 @@ refuse_foreign(config_registry.get_cls_configs().get(FRAMEWORK_NAME, {}).get(ALG
 class MRECGConfig(TorchBaseConfig):
     """MRECG reconstruction as one of the host's algorithms.
 
-    A list in place of a value (`w_bits=[4, 8]`) expands into one trial per value, as with the host's own configurations.
+    A list in place of a named argument (`w_bits=[4, 8]`) expands into one trial per value, as with the host's own
+    configurations; the other keys of `ReconstructionSettings` take one value each.
 
     Args:
         w_bits: bits of the weights, 2 to 8, symmetric per channel.

@@ -3,7 +3,9 @@
 The host multiplies a BatchNorm into the weight and the bias of the operator whose output it reads, and asks neither who else
 reads that output, as do the shortcuts of pre-activation networks; nor who else reads that weight, as does every further call of
 a shared backbone, which would be folded over and over; nor whether the weight is a parameter, as a fixed filter is not. It
-folds into transposed convolutions in groups as if they had none, and reads statistics that a BatchNorm without any lacks.
+folds into transposed convolutions in groups as if they had none, reads statistics that a BatchNorm without any lacks, and
+behind linear operators the weight and the bias that one without affine parameters lacks. The second of two BatchNorms in a row
+it drops.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ aten = torch.ops.aten
 NORMS = {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default}
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 GROUPS = 6  # their position among the arguments of these, where they are not 1
-STATISTICS = slice(3, 5)  # of a BatchNorm, among its arguments
+AFFINE, STATISTICS = slice(1, 3), slice(3, 5)  # of a BatchNorm, among its arguments
 
 
 def isolate_folds(graph_module: fx.GraphModule) -> int:
@@ -34,9 +36,9 @@ def isolate_folds(graph_module: fx.GraphModule) -> int:
     changed = 0
     for norm in [node for node in graph.nodes if node.target in NORMS]:
         product = norm.args[0]
-        if not isinstance(product, fx.Node) or product.target not in WEIGHTED:
+        if not isinstance(product, fx.Node) or product.target not in {*WEIGHTED, *NORMS}:
             continue
-        if len(product.users) > 1 or not _folds(product, norm):
+        if product.target in NORMS or len(product.users) > 1 or not _folds(product, norm):
             with graph.inserting_before(norm):
                 between = graph.call_function(aten.clone.default, (product,))
             between.meta = {"val": product.meta["val"]}
@@ -63,4 +65,5 @@ def isolate_folds(graph_module: fx.GraphModule) -> int:
 def _folds(product: fx.Node, norm: fx.Node) -> bool:
     """Whether the host folds these two as they are to be folded."""
     in_groups = product.target in TRANSPOSED and product.args[GROUPS : GROUPS + 1] not in ((), (1,))
-    return not in_groups and None not in norm.args[STATISTICS]
+    is_whole = product.target is not aten.linear.default or None not in norm.args[AFFINE]
+    return not in_groups and is_whole and None not in norm.args[STATISTICS]

@@ -22,6 +22,7 @@ from inc_clusterq.errors import DeploymentError, ResultError
 from inc_clusterq.inputs import MOST_PER_BATCH
 from inc_clusterq.quiet import quiet
 
+aten = torch.ops.aten
 EXTRA = "onnx"
 MODEL = "model.onnx"
 EXPORTER = ("onnx", "onnxscript")  # packages
@@ -67,6 +68,7 @@ def to_onnx(module: fx.GraphModule) -> Any:  # an onnx.ModelProto
         require(package, EXTRA)
     module = deepcopy(module)
     clamp_before_quantize(module)
+    _keep_axes_of_maxima(module)
     example = torch.zeros(2, *input_shape(module))
     shapes = ({0: torch.export.Dim("batch", min=1, max=MOST_PER_BATCH)},)
     try:
@@ -173,6 +175,21 @@ def _session(folder: Path, threads: int | None, optimised: Path | None = None) -
     except Exception as error:  # its exceptions share no base class
         reason = " ".join(str(error).split())[:300]
         raise DeploymentError(f"ONNX Runtime cannot open {file}: {reason}") from error
+
+
+def _keep_axes_of_maxima(module: fx.GraphModule) -> None:
+    """Take global maxima with their axes, which are then dropped: without, OpenVINO makes something else of 8-bit ones."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.amax.default):
+        x, axes, keeps_axes = (*node.args, [], False)[:3]
+        if keeps_axes or not axes:
+            continue
+        node.args = (x, axes, True)
+        with graph.inserting_after(node):
+            dropped = graph.call_function(aten.squeeze.dims, (node, axes))
+        dropped.meta.update(node.meta)
+        node.replace_all_uses_with(dropped, delete_user_cb=lambda user, kept=dropped: user is not kept)
+    module.recompile()
 
 
 def _separate_zero_points(model: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from inc_clusterq.deployment.extras import require
 from inc_clusterq.deployment.onnx import OUTPUT, to_onnx
-from inc_clusterq.deployment.operators import Operator, SourceOperator, describe, node_name, source_operators
+from inc_clusterq.deployment.operators import Kind, Operator, SourceOperator, describe, node_name, source_operators
 from inc_clusterq.errors import DeploymentError, ResultError
 
 EXTRA = "openvino"
@@ -25,6 +25,8 @@ MODEL, WEIGHTS = "model.xml", "model.bin"
 # Pinned threads wait for their processor where something else runs on it, several times as long as a call takes.
 HINTS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 INTEGERS = {"u8", "i8"}
+PRODUCTS: dict[str, Kind] = {"Convolution": "convolution", "FullyConnected": "linear"}  # by OpenVINO's types of layers
+Kernel = tuple[str, str, bool]  # type of layer, precision, whether it is of another operator into which this one was merged
 REASON = 1000  # characters of what OpenVINO says
 PLACES = re.compile(r"(Check '.*?' failed at|Exception from) \S+:\d+:? ?|FrontEnd API failed with \w+: ?")
 
@@ -80,23 +82,42 @@ def load(folder: Path, threads: int | None = None) -> OpenVinoModel:
 def operators(module: fx.GraphModule, folder: Path) -> list[Operator]:
     """What OpenVINO made of each operator: read from the graph that runs."""
     runtime = load(folder).compiled.get_runtime_model()
-    kernels: dict[str, tuple[str, str, bool]] = {}
+    kernels: dict[str, Kernel] = {}
+    named: list[tuple[set[str], Kernel]] = []
     for operation in runtime.get_ordered_ops():
         facts = {key: _text(value) for key, value in operation.get_rt_info().items()}
         if "layerType" not in facts:
             continue
-        names = [name for name in facts.get("originalLayersNames", "").split(",") if name]
+        names = [name.partition("/")[0] for name in facts.get("originalLayersNames", "").split(",") if name]
+        layer, precision = facts["layerType"], facts.get("runtimePrecision", "")
+        named.append((set(names), (layer, precision, False)))
         for position, name in enumerate(names):
-            kernels.setdefault(name.partition("/")[0], (facts["layerType"], facts.get("runtimePrecision", ""), position > 0))
+            kernels.setdefault(name, (layer, precision, position > 0))
     sources = source_operators(module)
     found = {source.node: kernels.get(node_name(source)) for source in sources}
     (output,) = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes
     if found.get(output.name, ...) is None:  # the last operator bears the name of the model's output
         found[output.name] = kernels.get(OUTPUT)
+    _match_renamed(sources, found, named)
     return [_operator(source, found[source.node]) for source in sources]
 
 
-def _operator(source: SourceOperator, kernel: tuple[str, str, bool] | None) -> Operator:
+def _match_renamed(
+    sources: list[SourceOperator], found: dict[str, Kernel | None], named: list[tuple[set[str], Kernel]]
+) -> None:
+    """Give products that bear the name of what was merged into them, a factor for example, to those that are missing, in order.
+
+    Where there are not as many of a kind, which is which is unknown, and none is given.
+    """
+    known = {node_name(source) for source in sources} | {OUTPUT}
+    for layer, kind in PRODUCTS.items():
+        missing = [source.node for source in sources if source.kind == kind and found[source.node] is None]
+        renamed = [kernel for names, kernel in named if kernel[0] == layer and not names & known]
+        if len(missing) == len(renamed):
+            found.update(zip(missing, renamed, strict=True))
+
+
+def _operator(source: SourceOperator, kernel: Kernel | None) -> Operator:
     if kernel is None:
         return describe(source, "float", "not found", "OpenVINO merged it with another operator")
     layer, precision, merged = kernel

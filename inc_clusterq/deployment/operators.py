@@ -145,6 +145,8 @@ def require_int8(operators: Sequence[Operator], target: str) -> None:
 def _is_of_interest(node: fx.Node, kind: Kind) -> bool:
     if kind == "addition":
         return len(node.all_input_nodes) == 2 and all(_is_feature_map(argument) for argument in node.all_input_nodes)
+    if kind == "concatenation":
+        return len(node.args[0]) > 1  # type: ignore[arg-type]
     if kind == "pooling" and node.target is aten.mean.dim:
         value = node.all_input_nodes[0].meta.get("val")
         return isinstance(value, Tensor) and value.dim() > 2

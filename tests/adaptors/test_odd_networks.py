@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,9 +15,14 @@ from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import quantize
 from odd_networks import (
     LIMITS,
+    Attentive,
+    Averaged,
     Blurred,
+    Brightest,
     Centred,
     Columns,
+    Conditional,
+    DenselyJoined,
     Frames,
     Gated,
     Limited,
@@ -27,7 +33,9 @@ from odd_networks import (
     Reused,
     Sequence,
     Shifted,
+    Shortcut,
     Siamese,
+    TwiceNormed,
     Unread,
     Unremembered,
     Upsampled,
@@ -35,13 +43,15 @@ from odd_networks import (
 )
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch.nn import functional
 
 from inc_clusterq import InputSpec, MRECGConfig
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.deployment import onnx, openvino
 from inc_clusterq.deployment.backend import DEQUANTIZE, QUANTIZE
-from inc_clusterq.deployment.inductor import compile_frozen
+from inc_clusterq.deployment.inductor import check_parity, compile_frozen
 from inc_clusterq.deployment.inductor_operators import compile_and_list
-from inc_clusterq.deployment.operators import source_operators
+from inc_clusterq.deployment.operators import fallbacks, source_operators
 from inc_clusterq.models import FloatModel
 
 DYNAMIC = ({0: torch.export.Dim("batch", min=1, max=64)},)
@@ -92,6 +102,16 @@ def test_what_the_host_leaves_in_float_is_not_raised_with_its_unit(images: Tenso
         assert raised == [8, 8, 8]  # the ends have 8 bits by themselves
 
 
+def test_attention_in_one_operator_is_taken_apart(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Attentive().eval()
+    spec = InputSpec((3, 8, 8), -4.0, 4.0)
+    exported = NeuralCompressorAdaptor().export(FloatModel("attentive", net, spec, 5, ""))
+    model = quantize(exported, MRECGConfig(8, 8, iterations=4, views=1), run_fn=lambda module: module(images))
+    with torch.no_grad():
+        assert error(model(images), net(images)) < 0.03
+
+
 @torch.no_grad()
 def test_a_buffer_that_no_checkpoint_has_stays_where_it_is_read(images: Tensor) -> None:
     torch.manual_seed(0)
@@ -113,7 +133,7 @@ def test_a_recurrent_network_keeps_what_the_host_does_not_know_in_float(images: 
 @pytest.mark.parametrize(
     "make",
     [
-        *(Preactivated, Siamese, Blurred, Unremembered),
+        *(Preactivated, Siamese, Blurred, Unremembered, TwiceNormed),
         *(partial(UpsampledInGroups, groups, channels) for groups, channels in ((1, 8), (4, 16), (8, 8))),
     ],
 )
@@ -215,6 +235,75 @@ def test_linear_operators_are_listed_as_what_they_became(images: Tensor) -> None
     _, operators = compile_and_list(model, images[:1].clone())
     found = {operator.name: operator.precision for operator in operators if operator.kind == "linear"}
     assert found == {"wide": "int8", "narrow": "int8", "plain": "int8", "last": "float"}  # 8 inputs, 5 outputs, a bias
+
+
+SHORTCUTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "largest": (lambda x: functional.max_pool2d(x, 3, 1, 1), 8),
+    "average": (lambda x: functional.avg_pool2d(x, 3, 1, 1), 8),
+    "beside": (lambda x: torch.cat([x, functional.max_pool2d(x, 3, 1, 1)], 1), 16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The input of maxpool2d is not quantized")  # torchao's, which says so too early
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [torch.relu, functional.relu6, functional.hardswish, functional.silu])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_an_activation_in_front_of_an_integer_shortcut_compiles(
+    images: Tensor, activation: Callable[[Tensor], Tensor], shortcut: str
+) -> None:
+    torch.manual_seed(0)
+    model = quantized(Shortcut(activation, *SHORTCUTS[shortcut]), images, w_bits=8, act_bits=8, weight_ceiling=7)
+    compiled, operators = compile_and_list(model, images[:1].clone())
+    assert error(compiled(images[:1]), model(images[:1])) < 1e-3
+    assert [found.name for found in fallbacks(operators)] == ["last"]  # 8 inputs, 5 outputs, a bias
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_concatenations_of_one_tensor_are_none(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = quantized(DenselyJoined(), images, w_bits=8, act_bits=8)
+    _, operators = compile_and_list(model, images[:1].clone())
+    assert [found.precision for found in operators if found.kind == "concatenation"] == ["int8", "int8"]
+
+
+@torch.no_grad()
+def test_kernels_that_depend_on_the_batch_are_calibrated_with_batches_of_any_size(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Conditional()
+    exported = export(net.eval(), (images[:2],), dynamic_shapes=DYNAMIC)
+
+    def run_fn(model: nn.Module) -> None:
+        for batch in images[:27].split(4):
+            model(batch)
+
+    model = quantize(exported, MRECGConfig(8, 8, iterations=4, views=1), run_fn=run_fn)
+    assert error(model(images), net(images)) < 0.03
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", [onnx, openvino])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Brightest,
+        *(partial(Averaged, kernel, padding) for kernel, padding in ((2, 0), (3, 0), (3, 1))),
+        partial(Averaged, 3, 1, counts_padding=False),
+    ],
+)
+def test_other_run_times_compute_the_same(
+    images: Tensor, tmp_path: Path, make: Callable[[], nn.Module], target: ModuleType
+) -> None:
+    torch.manual_seed(0)
+    inputs = functional.pad(
+        images, (0, 0, 0, 1)
+    )  # 9 rows, which windows of 2 do not fill, and 8 columns, which those of 3 do not
+    model = quantized(make(), inputs, w_bits=8, act_bits=8, weight_ceiling=7)
+    target.export(model, tmp_path)
+    assert check_parity(model, target.load(tmp_path), inputs).in_range < 2e-3  # what lies between two levels falls to either
+    operators = target.operators(model, tmp_path)
+    assert not [found for found in fallbacks(operators) if found.kind in ("convolution", "linear")]
 
 
 @pytest.mark.slow

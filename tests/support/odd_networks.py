@@ -271,6 +271,110 @@ class Normed(Odd):
         return self.end(self.groups(self.two(x)))
 
 
+class Shortcut(Odd):
+    """Adds what is pooled, or what is concatenated, to what comes out of an activation function."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], shortcut: Callable[[Tensor], Tensor], channels: int = 8) -> None:
+        super().__init__()
+        self.activation, self.shortcut = activation, shortcut
+        self.side, self.two = nn.Conv2d(8, channels, 3, padding=1), nn.Conv2d(channels, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.one(x))
+        return self.end(self.two(self.activation(self.side(x)) + self.shortcut(x)))
+
+
+class Averaged(Odd):
+    """Takes averages of as many positions as there are where its size is rounded up."""
+
+    def __init__(self, kernel: int, padding: int, *, counts_padding: bool = True) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(kernel, 2, padding, ceil_mode=True, count_include_pad=counts_padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.two(self.pool(functional.relu(self.one(x)))))
+
+
+class TwiceNormed(Odd):
+    """Has two BatchNorms in a row, and one without parameters behind a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = normed(8), normed(8)
+        self.middle, self.plain = nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(self.first(self.two(torch.relu(self.one(x)))))).mean((2, 3))
+        return self.last(torch.relu(self.plain(self.middle(x))))  # type: ignore[no-any-return]
+
+
+class Conditional(Odd):
+    """Makes the kernels of a convolution from each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routes, self.kernels = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8 * 8 * 9) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        images, channels, height, width = x.shape
+        kernels = (self.routes(x.mean((2, 3))).softmax(1) @ self.kernels).view(images * 8, channels, 3, 3)
+        mixed = functional.conv2d(x.reshape(1, images * channels, height, width), kernels, padding=1, groups=images)
+        return self.end(self.two(torch.relu(mixed.view(images, 8, height, width))))
+
+
+class Brightest(Odd):
+    """Ends in the largest value of each channel, and has a sum with a factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.one(x))
+        x = torch.add(x, functional.relu(self.two(x)), alpha=0.5)
+        return self.last(x.amax((2, 3)))  # type: ignore[no-any-return]
+
+
+class DenselyJoined(Odd):
+    """Concatenates all that there is so far, at first one tensor alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three, self.four = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(24, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [functional.relu(self.one(x))]
+        for layer in (self.two, self.three):
+            found.append(functional.relu(layer(torch.cat(found, 1))))
+        return self.end(self.four(torch.cat(found, 1)))
+
+
+class Attentive(Odd):
+    """Ends in a layer of a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.two(functional.relu(self.one(x))))
+        return self.last(self.layer(x.flatten(2).transpose(1, 2)).mean(1))  # type: ignore[no-any-return]
+
+
+class Counted(Odd):
+    """Counts its calls."""
+
+    calls: Tensor
+    last_mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last_mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last_mean = x.mean()
+        return self.end(self.two(torch.relu(self.one(x))))
+
+
 class Unread(Odd):
     """Computes what nothing reads."""
 
