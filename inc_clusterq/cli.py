@@ -22,6 +22,7 @@ from rich.console import Console
 from inc_clusterq import __version__
 from inc_clusterq.console import progress_on
 from inc_clusterq.errors import ClusterQError
+from inc_clusterq.home import expanded
 from inc_clusterq.progress import Progress
 
 INTERNAL_ERROR = 1
@@ -35,9 +36,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False)]
+
+def _at_home(value: Path | None) -> Path | None:
+    """A shell leaves ~ as it is behind an equals sign."""
+    try:
+        return None if value is None else expanded(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False, callback=_at_home)
+]
 ResultFolder = Annotated[
-    Path, typer.Argument(metavar="RESULT", help="Output folder of `inc-clusterq quantize`.", show_default=False)
+    Path,
+    typer.Argument(metavar="RESULT", help="Output folder of `inc-clusterq quantize`.", show_default=False, callback=_at_home),
 ]
 Seed = Annotated[
     int | None,
@@ -73,7 +86,8 @@ def options(
 def quantize(
     config_file: ConfigFile,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the result, in place of the YAML's.", show_default=False)
+        Path | None,
+        typer.Option("--output", help="Folder of the result, in place of the YAML's.", show_default=False, callback=_at_home),
     ] = None,
     overwrite: Overwrite = False,
     seed: Seed = None,
@@ -98,7 +112,12 @@ def synthesize(
     config_file: ConfigFile,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Folder for a copy; by default the set stays in the workspace.", show_default=False),
+        typer.Option(
+            "--output",
+            help="Folder for a copy; by default the set stays in the workspace.",
+            show_default=False,
+            callback=_at_home,
+        ),
     ] = None,
     overwrite: Overwrite = False,
     seed: Seed = None,
@@ -118,10 +137,14 @@ def synthesize(
 
 @app.command()
 def inspect(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of a synthetic set.", show_default=False)],
+    dataset: Annotated[
+        Path, typer.Argument(metavar="DATASET", help="Folder of a synthetic set.", show_default=False, callback=_at_home)
+    ],
     config_file: Annotated[
         Path | None,
-        typer.Option("--config", help="The job's YAML, where the set does not name its model.", show_default=False),
+        typer.Option(
+            "--config", help="The job's YAML, where the set does not name its model.", show_default=False, callback=_at_home
+        ),
     ] = None,
     real: Annotated[
         str | None,
@@ -133,7 +156,8 @@ def inspect(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder to write; by default DATASET/inspection.", show_default=False)
+        Path | None,
+        typer.Option("--output", help="Folder to write; by default DATASET/inspection.", show_default=False, callback=_at_home),
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -155,7 +179,8 @@ def export(
     result: ResultFolder,
     to: Annotated[str, typer.Option("--to", help="inductor, onnxruntime or openvino.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder to write; by default RESULT/TARGET.", show_default=False)
+        Path | None,
+        typer.Option("--output", help="Folder to write; by default RESULT/TARGET.", show_default=False, callback=_at_home),
     ] = None,
     overwrite: Overwrite = False,
     strict: Strict = False,
@@ -192,7 +217,9 @@ def bench(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="The job's YAML, where the float model has moved.", show_default=False),
+        typer.Option(
+            "--config", help="The job's YAML, where the float model has moved.", show_default=False, callback=_at_home
+        ),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,

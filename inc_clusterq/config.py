@@ -27,6 +27,7 @@ from pydantic import (
 
 from inc_clusterq.config_errors import explain
 from inc_clusterq.errors import ConfigError
+from inc_clusterq.home import expanded
 from inc_clusterq.inputs import MOST_PER_BATCH, InputSpec
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 from inc_clusterq.references import REFERENCE_PATTERN
@@ -52,15 +53,7 @@ Preset = Literal["fast", "balanced", "best"]
 Kind = Literal["dense", "depthwise", "grouped", "linear"]
 
 
-def _expanded(path: Path) -> Path:
-    """With the home folder in place of ~, which is nobody's folder name; ValueError where there is no such home."""
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"the home folder of {path} is not known; write the whole path") from error
-
-
-Folder = Annotated[Path, AfterValidator(_expanded)]
+Folder = Annotated[Path, AfterValidator(expanded)]
 
 
 class Section(BaseModel):
@@ -116,7 +109,8 @@ class ModelConfig(_SectionOfFile):
         None,
         description="Checkpoint, relative to the YAML: `.safetensors`, or `.pt`, `.pth` or `.ckpt` that holds tensors only: a "
         "state dict, or one under `state_dict`, `model_state_dict` or `model`, or else `state_dict_ema`, `model_ema` or `ema`. "
-        "For torchvision also the name of published weights, such as `DEFAULT`, that are already in torch's cache. "
+        "For torchvision also the name of published weights, such as `DEFAULT`, that are already in torch's cache; "
+        "googlenet and inception_v3 take no checkpoint, which would not tell whether they scale their input. "
         "Empty: the function returns a trained model.",
     )
     input: InputConfig = Field(description="What the model expects at its input.")
@@ -124,7 +118,7 @@ class ModelConfig(_SectionOfFile):
     @field_validator("weights")
     @classmethod
     def _expand(cls, value: str | None) -> str | None:
-        return None if value is None else str(_expanded(Path(value)))
+        return None if value is None else str(expanded(Path(value)))
 
     @field_validator("architecture")
     @classmethod

@@ -39,8 +39,11 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            if isinstance(value := getattr(self, name), Real):
-                object.__setattr__(self, name, (float(value),))
+            value = getattr(self, name)
+            object.__setattr__(self, name, (float(value),) if isinstance(value, Real) else tuple(map(float, value)))
+        for name in ("low", "high"):  # plain numbers, whatever of NumPy or torch they were: they are written to manifests
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         if not self.shape or any(size < 1 for size in self.shape):
             raise ValueError(
                 f"shape is {list(self.shape)}; it must hold the positive sizes of one sample without the batch "
@@ -81,9 +84,9 @@ class InputSpec:
 
     def middle(self, samples: int, device: torch.device | None = None) -> Tensor:
         """Normalised inputs in the middle of the value range, (samples, *shape), float32."""
-        low, high = self.bounds(torch.zeros((), device=device))
+        low, high = self.bounds(torch.zeros((), dtype=torch.float32, device=device))
         return ((low + high) / 2).expand(samples, *self.shape)
 
     def _per_channel(self, values: tuple[float, ...], like: Tensor) -> Tensor:
-        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        dtype = like.dtype if like.is_floating_point() else torch.float32
         return torch.tensor(values, dtype=dtype, device=like.device).view(-1, *[1] * (len(self.shape) - 1))

@@ -22,6 +22,7 @@ from torch import Tensor
 from inc_clusterq.config import AccuracyConfig, Config, ModelConfig
 from inc_clusterq.environment import environment
 from inc_clusterq.errors import ConfigError, DatasetError
+from inc_clusterq.home import expanded
 from inc_clusterq.labelled import load_labelled, load_npz
 from inc_clusterq.models import FloatModel, load_model
 from inc_clusterq.output import check_output, filled_whole
@@ -182,9 +183,16 @@ def _real(reference: str, model: FloatModel, config: ModelConfig, most: int) -> 
         named = AccuracyConfig.model_validate({"dataset": reference}, context={"folder": config.folder})
         inputs, labels = load_labelled(named, model)
     else:
-        inputs, labels = load_npz(Path(reference), model)
+        inputs, labels = load_npz(_file(reference), model)
     chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SEED))[:most]
     return inputs[chosen], labels[chosen]
+
+
+def _file(reference: str) -> Path:
+    try:
+        return expanded(Path(reference))
+    except ValueError as error:
+        raise ConfigError(f"--real: {error}") from error
 
 
 def _page(found: Inspection, model: FloatModel, dataset: SyntheticDataset, ours: Looked, theirs: Looked | None) -> str:

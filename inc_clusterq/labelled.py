@@ -58,7 +58,8 @@ def _pair(name: str, found: object) -> tuple[Tensor, Tensor]:
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
     numbers = array.astype(np.int64) if array.dtype.kind == "u" and array.ndim == 1 else array
-    return torch.from_numpy(np.ascontiguousarray(numbers))
+    own = numbers.astype(numbers.dtype.newbyteorder("="), copy=False)  # files may have the bytes of a number in either order
+    return torch.from_numpy(np.ascontiguousarray(own))
 
 
 def load_npz(file: Path, model: FloatModel) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tu
             f"{name}: inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; they must be floats of shape "
             f"(N, {', '.join(map(str, model.input.shape))}), normalised as the model takes them{_remedy(inputs, model)}"
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != inputs.shape[:1]:
+    if not _holds_integers(labels) or labels.shape != inputs.shape[:1]:
         hint = "squeeze(1)" if labels.shape[1:] == (1,) else "argmax(1)"
         raise DatasetError(
             f"{name}: labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be one class "
@@ -105,13 +106,18 @@ def _checked(name: str, inputs: Tensor, labels: Tensor, model: FloatModel) -> tu
             float(lowest.min()),
             float(highest.max()),
         )
+    labels = labels.to(torch.int64)  # first: torch knows no minimum of some unsigned types
     low, high = int(labels.min()), int(labels.max())
     if model.num_classes and (low < 0 or high >= model.num_classes):
         hint = "; subtract 1" if (low, high) == (1, model.num_classes) else ""
         raise DatasetError(
             f"{name}: labels go from {low} to {high}; the model has the classes 0 to {model.num_classes - 1}{hint}"
         )
-    return inputs.to(torch.float32), labels.to(torch.int64)
+    return inputs.to(torch.float32), labels
+
+
+def _holds_integers(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
 
 
 def _remedy(inputs: Tensor, model: FloatModel) -> str:

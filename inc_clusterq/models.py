@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 SUSPICIOUS = 300.0
 """A span of normalised inputs beyond this is probably of a range and a std on different scales; raw pixels end at 255."""
 
-DRAWN_SLOWLY = {"googlenet", "inception_v3"}
-"""Networks of torchvision whose random weights take long and make it warn; a checkpoint replaces them."""
+TRANSFORMING = {"googlenet", "inception_v3"}
+"""Networks of torchvision that scale their input or not, as published weights were trained; a checkpoint does not tell."""
 
 ONE_INPUT = "; it may have one input tensor only: give what else it takes a default, or wrap it"
 
@@ -120,6 +120,12 @@ def check_logits(module: nn.Module, spec: InputSpec) -> int:
 
 def read_output(module: nn.Module, spec: InputSpec) -> Output:
     """Run a batch of two and tell what comes out; ModelError for what is wrong with any model, whatever its task."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_inference():
+            raise ModelError(
+                f"{name} was made in torch.inference_mode(), and nothing can be learned through it; make and load the model "
+                "outside of that, or under torch.no_grad()"
+            )
     for name, value in module.named_parameters():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise ModelError(f"{name} holds {value.dtype}; give the model in float32, as model.float() makes it")
@@ -214,20 +220,19 @@ def _from_torchvision(name: str, config: ModelConfig) -> nn.Module:
         )
     if config.checkpoint is None:
         return _published(name, config.weights)
+    if name in TRANSFORMING:
+        raise ModelError(
+            f"{name} scales its input where it was made from published weights (transform_input=True), and not where it was "
+            "made without; a checkpoint does not tell. Name a function that makes it as it was: python:package.module:function"
+        )
     read = read_state(config.checkpoint)
-    options: dict[str, Any] = {"init_weights": False} if name in DRAWN_SLOWLY else {}
-    module: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    expected, other = module.state_dict(), dict(options)
+    module: nn.Module = torchvision.models.get_model(name, weights=None)
+    expected = module.state_dict()
     state = without_owner(read, expected)
     # A fine-tuned model differs in its number of classes, which the last tensor of every classifier there shows.
     last = list(expected)[-1]
     if last in state and state[last].shape[:1] != expected[last].shape[:1]:
-        other["num_classes"] = len(state[last])
-    # Heads that only training uses are taken off by torchvision itself where it loads published weights.
-    if any(map(_is_auxiliary, expected)) and not any(map(_is_auxiliary, state)):
-        other["aux_logits"] = False
-    if other != options:
-        module = torchvision.models.get_model(name, weights=None, **other)
+        module = torchvision.models.get_model(name, weights=None, num_classes=len(state[last]))
     try:
         fit_state(module, state, f"checkpoint {config.checkpoint}")
     except ModelError as misfit:
@@ -236,10 +241,6 @@ def _from_torchvision(name: str, config: ModelConfig) -> nn.Module:
             "python:package.module:function"
         ) from misfit
     return module
-
-
-def _is_auxiliary(name: str) -> bool:
-    return name.lower().startswith("aux")
 
 
 def _published(name: str, weights_name: str) -> nn.Module:

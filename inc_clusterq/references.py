@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from inc_clusterq.errors import UserError
+from inc_clusterq.precision import default_dtype_kept
 
 REFERENCE_PATTERN = r"^python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
@@ -24,7 +25,7 @@ REFERENCE_PATTERN = r"^python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 def call_reference(reference: str, folder: Path, error: type[UserError]) -> Any:
     """Import the function that `reference` names and return what it returns; raises `error` for all that fails."""
     _, module_name, function_name = reference.split(":")
-    with _importable(folder):
+    with _importable(folder), default_dtype_kept():
         _refuse_shadowed(module_name, folder, reference, error)
         try:
             module = importlib.import_module(module_name)

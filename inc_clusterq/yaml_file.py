@@ -17,6 +17,7 @@ import yaml
 from inc_clusterq.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 MERGE, TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"  # what a node is
 
 
@@ -34,6 +35,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _NUMBER = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_OLD_NUMBER = re.compile(r"^[-+]?(0[0-7_]+$|[0-9][0-9_]*:)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
@@ -57,6 +60,8 @@ def read_yaml(path: Path) -> YamlFile:
         data = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_syntax(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: its lists and mappings stand in each other too deeply to be read") from error
     except ValueError as error:  # a date such as 2026-02-31
         raise ConfigError(f"{path}: holds a value that YAML cannot read: {error}") from error
     if repeated:
@@ -72,8 +77,8 @@ def _walk(
 ) -> None:
     if any(node is ancestor for ancestor in ancestors):
         raise yaml.MarkedYAMLError(problem=f"{'.'.join(at)} contains itself", problem_mark=node.start_mark if node else None)
-    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
-        raise yaml.MarkedYAMLError(problem="a text holds the character NUL, which no name can", problem_mark=node.start_mark)
+    if isinstance(node, yaml.ScalarNode):
+        _refuse_misread(node)
     if isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
             _walk(item, (*at, str(position)), [*ancestors, node], lines, repeated)
@@ -90,6 +95,18 @@ def _walk(
         if key.tag != MERGE:
             key.tag = TEXT
         _walk(value, path, [*ancestors, node], lines, repeated)
+
+
+def _refuse_misread(node: yaml.ScalarNode) -> None:
+    problem = ""
+    if "\0" in node.value:
+        problem = "a text holds the character NUL, which no name can"
+    elif _SURROGATE.search(node.value):
+        problem = "a text holds half a character (\\ud800 to \\udfff), which no file can"
+    elif node.tag in NUMBERS and _OLD_NUMBER.match(node.value):
+        problem = f"{node.value} is a number to base 8 or 60 in YAML; write it plainly, or in quotes where it is text"
+    if problem:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _syntax(error: yaml.YAMLError) -> str:

@@ -76,6 +76,17 @@ def test_options_override_the_yaml(job: Path, tmp_path: Path, pipeline: Callable
     assert calls[0]["progress"] is SILENT
 
 
+def test_the_home_folder_is_meant_where_a_shell_leaves_it_as_it_is(
+    job: Path, tmp_path: Path, pipeline: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calls = pipeline(None)
+    assert call("quantize", job, "--output=~/there").exit_code == 0
+    assert calls[0]["config"].output == tmp_path / "there"
+    unknown = call("pack", "~nobody-of-this-name/x")
+    assert (unknown.exit_code, "home folder" in unknown.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("failure", "status", "message"),
     [

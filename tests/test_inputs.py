@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -64,6 +67,15 @@ def test_an_impossible_input_is_refused_with_the_value(arguments: dict[str, obje
 
 def test_one_number_stands_for_all_channels() -> None:
     assert InputSpec((3, 4, 4), mean=0.5, std=2) == InputSpec((3, 4, 4), mean=(0.5,), std=(2.0,))  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_those_of_numpy_and_torch() -> None:
+    plain = InputSpec((3, 4, 4), 0.0, 1.0, (0.5, 0.5, 0.25), (1.0,))
+    mean = [0.5, 0.5, 0.25]
+    for given in (np.array(mean), torch.tensor(mean)):
+        spec = InputSpec(torch.Size((3, 4, 4)), np.float32(0), torch.tensor(1), given)  # type: ignore[arg-type]
+        assert spec == plain
+        assert json.dumps(asdict(spec)) == json.dumps(asdict(plain))
 
 
 def test_a_range_without_zero_goes_with_no_mean() -> None:

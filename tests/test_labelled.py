@@ -35,6 +35,8 @@ def test_a_labelled_set_arrives_as_float32_and_int64(tmp_path: Path, write_modul
     [
         "[torch.ones(5, 2, 4), torch.arange(5) % 3]",
         "torch.ones(5, 2, 4).numpy()[::-1], (torch.arange(5) % 3).numpy().astype('uint16')",
+        "torch.ones(5, 2, 4).numpy().astype('>f4'), (torch.arange(5) % 3).numpy().astype('>i8')",
+        "torch.ones(5, 2, 4), (torch.arange(5) % 3).to(torch.uint16)",
         "torch.utils.data.DataLoader([(torch.ones(2, 4), number % 3) for number in range(5)], batch_size=2)",
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from odd_networks import Counted
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -212,6 +213,21 @@ def test_checking_leaves_the_model_as_it_was() -> None:
     assert fingerprint(model, SPEC) == before
 
 
+def test_what_a_model_counts_is_as_before() -> None:
+    net, spec = Counted(), InputSpec((3, 8, 8))
+    first = fingerprint(net, spec)
+    assert check_logits(net, spec) == 5
+    assert fingerprint(net, spec) == first
+    assert (int(net.calls), float(net.last_mean)) == (0, 0)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ModelError, match=r"1\.weight was made in torch\.inference_mode\(\)"):
+        check_logits(net, InputSpec((1, 2, 2)))
+
+
 def test_numbers_that_are_not_finite_are_found_in_buffers_too(tmp_path: Path, write_module: Callable[[str], str]) -> None:
     name = write_module(
         "import torch\nfrom torch import nn\ndef net():\n"
@@ -258,14 +274,11 @@ def test_a_torchvision_checkpoint_brings_its_own_number_of_classes(tmp_path: Pat
     assert loaded.fingerprint == fingerprint(trained, loaded.input)
 
 
-def test_a_torchvision_checkpoint_may_lack_the_heads_that_only_training_uses(tmp_path: Path) -> None:
-    import torchvision
-
-    trained = torchvision.models.googlenet(num_classes=5, aux_logits=False, init_weights=False)
-    torch.save(trained.state_dict(), tmp_path / "net.pth")
-    loaded = load_model(torchvision_config(tmp_path, "googlenet", "net.pth"))
-    assert loaded.num_classes == 5
-    assert loaded.fingerprint == fingerprint(trained, loaded.input)
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_torchvision_checkpoint_that_does_not_tell_what_network_it_is_of_is_refused(tmp_path: Path, name: str) -> None:
+    torch.save({}, tmp_path / "net.pth")
+    with pytest.raises(ModelError, match=rf"{name} scales its input .* Name a function that makes it"):
+        load_model(torchvision_config(tmp_path, name, "net.pth"))
 
 
 def test_a_torchvision_network_with_another_head_is_to_be_made_by_a_function(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from inc_clusterq.errors import DatasetError, ModelError
 from inc_clusterq.references import REFERENCE_PATTERN, call_reference
@@ -54,6 +55,13 @@ def test_the_users_own_failure_is_shown_with_its_last_line(
     assert message.replace("NAME", name) in str(raised.value)
     assert "\n" not in str(raised.value)
     assert sys.path == path
+
+
+def test_what_it_makes_the_default_dtype_stays_with_it(tmp_path: Path, write_module: Callable[[str], str]) -> None:
+    set_double = "torch.set_default_dtype(torch.float64)"
+    name = write_module(f"import torch\n{set_double}\ndef number():\n    {set_double}\n    return torch.ones(())")
+    assert call_reference(f"python:{name}:number", tmp_path, ModelError).dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_function_that_needs_arguments_is_told_which(tmp_path: Path, write_module: Callable[[str], str]) -> None:

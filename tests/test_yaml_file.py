@@ -58,6 +58,10 @@ def test_a_merged_mapping_is_no_repeated_key(tmp_path: Path) -> None:
         ("? [1, 2]\n: 3\n", "a key must be a plain word"),
         ("a: 2026-02-31\n", "holds a value that YAML cannot read"),
         ("a: \x07\n", "not valid YAML"),
+        ("a: " + "[" * 3000 + "]" * 3000 + "\n", "stand in each other too deeply"),
+        ('a: "\\ud800"\n', "line 1, column 4: not valid YAML: a text holds half a character"),
+        ("a: [010]\n", "line 1, column 5: not valid YAML: 010 is a number to base 8 or 60 in YAML; write it plainly"),
+        ("a: 12:30\n", "12:30 is a number to base 8 or 60"),
         ('a: 1\nb: "x\\0"\n', "line 2, column 4: not valid YAML: a text holds the character NUL"),
     ],
 )

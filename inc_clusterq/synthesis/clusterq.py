@@ -30,6 +30,7 @@ from inc_clusterq.allocation import freed_memory_kept
 from inc_clusterq.determinism import repeatable
 from inc_clusterq.inputs import InputSpec
 from inc_clusterq.placement import copied_to_gpu, within_gpu_memory
+from inc_clusterq.precision import float32_by_default
 from inc_clusterq.progress import NO_STAGE, SILENT, Progress, Stage
 from inc_clusterq.synthesis.acceleration import compiled, is_channels_last, is_compiled, is_in_bfloat16
 from inc_clusterq.synthesis.augmentation import augment
@@ -74,6 +75,7 @@ def synthesise(
 
 
 @within_gpu_memory()
+@float32_by_default()
 @torch.inference_mode(mode=False)  # a lazy loader may be read first inside somebody's, or inside `no_grad`
 def synthesise_into(
     draft: Draft,

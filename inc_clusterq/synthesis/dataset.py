@@ -46,7 +46,10 @@ class SyntheticDataset:
         return torch.cat([labels for _, labels in self.shards])
 
     def batches(self, size: int) -> Iterator[Shard]:
-        """Every sample once, `size` at a time, the last batch as short as it comes out; read as they are needed."""
+        """Every sample once, `size` at a time, the last batch as short as it comes out; read as they are needed.
+
+        Batches are copies: whoever changes one in place changes nothing of the set.
+        """
         waiting: list[Shard] = []
         for inputs, labels in self.shards:
             while len(labels):
@@ -66,14 +69,12 @@ class SyntheticDataset:
         left = index + len(self) if index < 0 else index
         for inputs, labels in self.shards:
             if 0 <= left < len(labels):
-                return inputs[left], labels[left]
+                return inputs[left].clone(), labels[left].clone()
             left -= len(labels)
         raise IndexError(f"sample {index} of a set of {len(self)}")
 
 
 def _joined(parts: list[Shard]) -> Shard:
-    if len(parts) == 1:
-        return parts[0]
     return torch.cat([inputs for inputs, _ in parts]), torch.cat([labels for _, labels in parts])
 
 

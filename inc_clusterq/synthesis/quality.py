@@ -36,6 +36,7 @@ from inc_clusterq.synthesis.teacher import Teacher, teach
 IMPLIED = 3.0  # deviations on either side of the mean
 NEIGHBOURS = 512  # samples at most among which nearest ones are sought: all pairs are compared
 BATCH = 64
+EQUAL = 1e-12  # of the features' power: less than that between samples is rounding
 NOISE = 64  # samples that are compared with
 NO_BETTER = "It is no nearer to them than noise: check range, mean and std of model.input, and that gradients reach the input."
 
@@ -215,7 +216,8 @@ def diversity(features: Tensor) -> float:
     centred = (features - features.mean(0)).double()
     gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
     energy = gram.square().sum()
-    return float(gram.trace().square() / energy) if energy > 0 else 0.0
+    alike = bool(gram.trace() <= EQUAL * features.double().square().sum())  # what rounding leaves of equal samples
+    return 0.0 if alike else float(gram.trace().square() / energy)
 
 
 def nearest_distance(

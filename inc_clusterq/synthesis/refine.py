@@ -25,7 +25,7 @@ START_DEVIATION = 0.25  # of the value range, of the noise that is refined where
 
 def random_samples(spec: InputSpec, samples: int, rng: torch.Generator) -> Tensor:
     """Noise around the middle of the value range, shape (samples, *spec.shape), normalised."""
-    return from_unit(torch.randn(samples, *spec.shape, generator=rng) * START_DEVIATION + 0.5, spec)
+    return from_unit(torch.randn(samples, *spec.shape, generator=rng, dtype=torch.float32) * START_DEVIATION + 0.5, spec)
 
 
 def from_unit(unit: Tensor, spec: InputSpec) -> Tensor:

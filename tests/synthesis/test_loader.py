@@ -46,6 +46,31 @@ def test_it_can_be_read_twice_and_by_torch_itself(loader: ClusterQDataLoader) ->
         assert torch.equal(y, labels)
 
 
+def test_who_changes_a_batch_changes_nothing_else(loader: ClusterQDataLoader) -> None:
+    before = loader.dataset.inputs.clone()
+    for inputs, labels in loader:
+        inputs.zero_()
+        labels.zero_()
+    for inputs, _ in (loader.dataset[0], loader.dataset[10]):
+        inputs.zero_()
+    assert torch.equal(torch.cat([inputs for inputs, _ in loader]), before)
+
+
+def test_it_yields_float32_whatever_the_default_is(
+    trained: nn.Module, spec: InputSpec, quick: ClusterQSettings, loader: ClusterQDataLoader
+) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = ClusterQDataLoader(trained, spec, sampling_size=11, batch_size=4, seed=0, settings=quick)
+        (example,) = other.example_inputs
+        found = torch.cat([inputs for inputs, _ in other])
+    finally:
+        torch.set_default_dtype(before)
+    assert example.dtype == torch.float32
+    assert torch.equal(found, loader.dataset.inputs)
+
+
 def test_nothing_is_synthesised_before_it_is_needed_and_then_once_for_all_copies(
     loader: ClusterQDataLoader, monkeypatch: pytest.MonkeyPatch, spec: InputSpec
 ) -> None:

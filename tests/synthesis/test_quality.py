@@ -66,6 +66,7 @@ def test_diversity_counts_the_directions_of_the_spread(samples: int, channels: i
     line = features[:, :1] * torch.ones(1, 7)
     assert diversity(line) == pytest.approx(1)
     assert diversity(torch.ones(5, 3)) == 0
+    assert diversity(torch.full((7, 3), 0.1)) == 0  # whose mean is not 0.1 to the last digit
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
