@@ -43,12 +43,13 @@ class InputSpec:
             object.__setattr__(self, name, (float(value),) if isinstance(value, Real) else tuple(map(float, value)))
         for name in ("low", "high"):  # plain numbers, whatever of NumPy or torch they were: they are written to manifests
             object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
-        if not self.shape or any(size < 1 for size in self.shape):
+        shape = tuple(map(int, self.shape))
+        if not shape or shape != tuple(self.shape) or min(shape) < 1:
             raise ValueError(
                 f"shape is {list(self.shape)}; it must hold the positive sizes of one sample without the batch "
                 "dimension, for example [3, 224, 224]"
             )
+        object.__setattr__(self, "shape", shape)
         if len(self.shape) > 4:
             raise ValueError(f"shape is {list(self.shape)}; a sample has one axis of channels and at most three of space")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):

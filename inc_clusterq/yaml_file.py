@@ -1,8 +1,8 @@
 """Reading a YAML file so that every later complaint can name the line it is about.
 
-Plain data only (the safe loader), with three differences from `yaml.safe_load`: a key that stands twice in one mapping is
-an error instead of silently losing the first; keys are text as it stands, since layers have names such as 0.10; and `1e-3`
-and `2.5e3` are numbers, as in YAML 1.2, instead of text.
+Plain data only (the safe loader), with four differences from `yaml.safe_load`: a key that stands twice in one mapping is an
+error instead of silently losing the first; keys are text as it stands, since layers have names such as 0.10; `1e-3` and
+`2.5e3` are numbers, as in YAML 1.2, instead of text; and `010` and `12:30` are refused, which YAML 1.2 takes for others.
 """
 
 from __future__ import annotations

@@ -69,6 +69,11 @@ def test_one_number_stands_for_all_channels() -> None:
     assert InputSpec((3, 4, 4), mean=0.5, std=2) == InputSpec((3, 4, 4), mean=(0.5,), std=(2.0,))  # type: ignore[arg-type]
 
 
+def test_a_size_is_a_whole_number() -> None:
+    with pytest.raises(ValueError, match=re.escape("shape is [3, 4.5, 4]; it must hold the positive sizes")):
+        InputSpec((3, 4.5, 4))  # type: ignore[arg-type]
+
+
 def test_numbers_may_be_those_of_numpy_and_torch() -> None:
     plain = InputSpec((3, 4, 4), 0.0, 1.0, (0.5, 0.5, 0.25), (1.0,))
     mean = [0.5, 0.5, 0.25]
