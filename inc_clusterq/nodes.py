@@ -39,3 +39,14 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
         default = argument.default_value
         named[argument.name] = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
     return named
+
+
+def limits_of(clamp: fx.Node) -> tuple[Any, Any]:
+    """Lower and upper limit of a clamp of any kind; None where it has none."""
+    low, high = (*clamp.args[1:], None, None)[:2]
+    return clamp.kwargs.get("min", low), clamp.kwargs.get("max", high)
+
+
+def is_number(limit: Any) -> bool:
+    """It is known when the graph is made, and no other node's result."""
+    return isinstance(limit, (int, float))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from inc_clusterq.canonical.clamps import write_clamps_as_activations
 from inc_clusterq.canonical.folding import isolate_folds
 from inc_clusterq.canonical.one_dimension import lift_to_two_dimensions
 from inc_clusterq.canonical.origin import name_origins
@@ -25,6 +26,7 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
     write_sizes_in_full(graph_module)
     write_padding_as_numbers(graph_module)
     write_products_as_linear(graph_module)
+    write_clamps_as_activations(graph_module)
     compute_weights(graph_module)
     isolate_folds(graph_module)
     name_origins(graph_module)

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from inc_clusterq.deployment.backend import QUANTIZE, STORED_MAX
+from inc_clusterq.nodes import is_number, limits_of
 
 aten = torch.ops.aten
 MULTIPLIES = {aten.conv2d.default, aten.conv3d.default, aten.linear.default}  # the kernel over one axis takes ReLU alone
@@ -37,7 +38,7 @@ def fuse_clamps(graph_module: fx.GraphModule) -> int:
     left = 0
     for clamp in [node for node in graph_module.graph.nodes if node.target is aten.clamp.default]:
         quantize = next(iter(clamp.users))
-        if len(clamp.users) != 1 or quantize.target is not QUANTIZE or not all(_is_number(limit) for limit in limits_of(clamp)):
+        if len(clamp.users) != 1 or quantize.target is not QUANTIZE or not all(is_number(limit) for limit in limits_of(clamp)):
             continue
         if not _into_hardtanh(graph_module.graph, clamp):
             left += _onto_integers(graph_module.graph, clamp, quantize)
@@ -62,16 +63,6 @@ def clamp_before_quantize(graph_module: fx.GraphModule) -> None:
         clamp.replace_all_uses_with(quantize)
         graph.erase_node(clamp)
     graph_module.recompile()
-
-
-def limits_of(clamp: fx.Node) -> tuple[Any, Any]:
-    """Lower and upper limit of a clamp; None where it has none."""
-    low, high = (*clamp.args[1:], None, None)[:2]
-    return clamp.kwargs.get("min", low), clamp.kwargs.get("max", high)
-
-
-def _is_number(limit: Any) -> bool:
-    return isinstance(limit, (int, float))
 
 
 def _onto_integers(graph: fx.Graph, clamp: fx.Node, quantize: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from torch import fx
 
 from inc_clusterq.deployment.arithmetic import EPILOGUES, PRODUCTS
 from inc_clusterq.deployment.backend import QUANTIZE
-from inc_clusterq.deployment.fusion import limits_of
+from inc_clusterq.nodes import limits_of
 
 aten = torch.ops.aten
 
