@@ -340,7 +340,8 @@ def test_a_class_that_is_masked_out_hides_no_error(inputs: Tensor) -> None:
         assert reconstruction.end_to_end is not None
         told.append((reconstruction.units[-1].relative_loss, reconstruction.end_to_end.relative_loss_before))
     assert min(told[0]) > 1e-3
-    assert told[1] == pytest.approx(told[0], rel=0.5)
+    for masked, plain in zip(told[1], told[0], strict=True):  # of other classes; the mask's own power would hide all of it
+        assert plain / 2 < masked < 2 * plain
 
 
 def test_a_class_that_is_masked_out_by_infinity_is_refused(inputs: Tensor) -> None:

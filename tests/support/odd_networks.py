@@ -258,7 +258,7 @@ class Twin(Odd):
 
 
 class Normed(Odd):
-    """Has its norms behind copies, in groups, and an activation function written by hand."""
+    """Has its norms behind copies, in groups, and a limit of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ class Normed(Odd):
         self.groups = nn.GroupNorm(2, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.one(x).clamp(min=0)
+        x = self.one(x).clamp(max=1)
         x = torch.relu(self.norm(self.up(x)))
         return self.end(self.groups(self.two(x)))
 
