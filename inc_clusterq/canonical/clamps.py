@@ -23,15 +23,9 @@ COMPUTES = {  # what kernels clamp on their way out, and the norm that is folded
     aten.add.Tensor,
     aten.add_.Tensor,
 }
-CLAMPS = {  # to ReLU and to clamping at both ends, in place or not
-    aten.clamp.default: (aten.relu.default, aten.hardtanh.default),
-    aten.clamp_.default: (aten.relu_.default, aten.hardtanh_.default),
-    aten.clamp_min.default: (aten.relu.default, aten.hardtanh.default),
-    aten.clamp_min_.default: (aten.relu_.default, aten.hardtanh_.default),
-    aten.relu6.default: (aten.relu.default, aten.hardtanh.default),
-    aten.relu6_.default: (aten.relu_.default, aten.hardtanh_.default),
-}
 SIX = {aten.relu6.default, aten.relu6_.default}
+IN_PLACE = {aten.clamp_.default, aten.clamp_min_.default, aten.relu6_.default}
+CLAMPS = {aten.clamp.default, aten.clamp_min.default, *SIX, *IN_PLACE}
 
 
 def write_clamps_as_activations(graph_module: fx.GraphModule) -> int:
@@ -40,12 +34,14 @@ def write_clamps_as_activations(graph_module: fx.GraphModule) -> int:
     for node in graph_module.graph.nodes:
         if node.target not in CLAMPS or node.args[0].target not in COMPUTES:
             continue
-        relu, hardtanh = CLAMPS[node.target]
+        in_place = node.target in IN_PLACE
         low, high = (0, 6) if node.target in SIX else limits_of(node)
         if low == 0 and high in (None, inf):
-            node.target, node.args, node.kwargs = relu, node.args[:1], {}
+            node.target = aten.relu_.default if in_place else aten.relu.default
+            node.args, node.kwargs = node.args[:1], {}
         elif is_number(low) and is_number(high) and -inf < low <= high < inf:
-            node.target, node.args, node.kwargs = hardtanh, (node.args[0], low, high), {}
+            node.target = aten.hardtanh_.default if in_place else aten.hardtanh.default
+            node.args, node.kwargs = (node.args[0], low, high), {}
         else:
             continue
         changed += 1

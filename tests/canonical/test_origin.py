@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import NETWORKS
 from neural_compressor.torch.algorithms.pt2e_quant.core import W8A8PT2EQuantizer
 from neural_compressor.torch.quantization import INT8StaticQuantConfig
 from torch import Tensor, fx, nn
@@ -14,6 +15,7 @@ from inc_clusterq.canonical import canonicalise
 from inc_clusterq.nodes import is_observer
 
 aten = torch.ops.aten
+INPUTS = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Cosine(nn.Linear):
@@ -87,9 +89,17 @@ def test_functions_are_quantized_around_as_the_modules_of_activation_functions_a
     assert _places(prepared(Activated(module), strict)) == wanted  # one module, called three times
 
 
-def prepared(module: nn.Module, strict: bool) -> fx.GraphModule:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_export_that_is_not_strict_is_quantized_at_the_same_places(
+    network: Callable[[str], tuple[nn.Module, Tensor]], name: str
+) -> None:
+    module, inputs = network(name)
+    assert _places(prepared(module, False, inputs)) == _places(prepared(module, True, inputs))
+
+
+def prepared(module: nn.Module, strict: bool, inputs: Tensor = INPUTS) -> fx.GraphModule:
     """The host's observed graph of what is exported."""
-    inputs = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     exported = torch.export.export(module.eval(), (inputs[:2],), dynamic_shapes=shapes, strict=strict).module()
     assert isinstance(exported, fx.GraphModule)
@@ -102,9 +112,9 @@ def prepared(module: nn.Module, strict: bool) -> fx.GraphModule:
 
 
 def _places(graph_module: fx.GraphModule) -> list[tuple[str, list[bool]]]:
-    """Operators, each with which of the tensors that it reads are quantized."""
+    """Operators on tensors, each with which of those that it reads are quantized."""
     return [
         (node.target.name().removesuffix("_"), [is_observer(argument) for argument in node.all_input_nodes])
         for node in graph_module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
+        if isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), Tensor)
     ]
