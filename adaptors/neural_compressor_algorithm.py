@@ -44,9 +44,10 @@ from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
 from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
 from inc_clusterq.reconstruction.granularity import explicit_units
-from inc_clusterq.reconstruction.graph import extract, replace_observers
+from inc_clusterq.reconstruction.graph import Unit, extract, replace_observers
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers, lowest_bits
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
+from inc_clusterq.reconstruction.sensitivity import sensitivities
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
@@ -195,10 +196,10 @@ def _convert(prepared: nn.Module, config: MRECGConfig) -> fx.GraphModule:
         raise ModelError(f"calibration image {number}, counted from 0, holds values that are not finite")
     _assert_finite(prepared, inputs[:2])
     plan, settings = config.bit_plan(), config.reconstruction_settings()
+    for parameter in prepared.parameters():
+        parameter.requires_grad_(False)
     if config.fallback_units:
-        ranking = settings.model_copy(update={"end_to_end_iterations": 0})  # behind the units, which are shared
-        reconstruction = _reconstruct(deepcopy(prepared), inputs, plan, ranking, config, calibration)[1]
-        plan = _with_fallback(plan, reconstruction, config.fallback_units, settings)
+        plan = _with_fallback(deepcopy(prepared), inputs, plan, settings, config.fallback_units, calibration)
     converted, reconstruction = _reconstruct(prepared, inputs, plan, settings, config, calibration)
     converted.dynamic_shapes = calibration.dynamic_shapes
     converted.qconfig = OrderedDict({SAVED_AS: config})  # type: ignore[assignment]
@@ -216,8 +217,6 @@ def _reconstruct(
     config: MRECGConfig,
     calibration: _Calibration,
 ) -> tuple[fx.GraphModule, Reconstruction]:
-    for parameter in prepared.parameters():
-        parameter.requires_grad_(False)
     quantized = _installed(prepared, plan, settings)
     _warn(range_warning(cpu(), [part.bits for part in prepared.modules() if isinstance(part, WeightQuantizer)]))
     _assert_unchanged(prepared, calibration)
@@ -262,13 +261,13 @@ def count_units(exported: nn.Module, config: MRECGConfig) -> int:
     settings = config.reconstruction_settings()
     quantized = _installed(prepared, config.bit_plan(), settings)
     _assert_unchanged(prepared, calibration)
-    units = (extract(quantized.graph_module, unit) for unit in base_units(quantized, settings))
-    widths = ((lowest_bits(unit, WeightQuantizer), lowest_bits(unit, ActivationQuantizer)) for unit in units)
-    return sum(_can_be_raised(weight, activation, settings) for weight, activation in widths)
+    return sum(_can_be_raised(unit, quantized, settings) for unit in base_units(quantized, settings))
 
 
-def _can_be_raised(weight: int, activation: int, settings: ReconstructionSettings) -> bool:
-    """Whether a unit of these lowest widths has fewer bits than one that was raised."""
+def _can_be_raised(unit: Unit, quantized: QuantizedGraph, settings: ReconstructionSettings) -> bool:
+    """Whether the unit has fewer bits than one that was raised."""
+    module = extract(quantized.graph_module, unit)
+    weight, activation = lowest_bits(module, WeightQuantizer), lowest_bits(module, ActivationQuantizer)
     return weight < min(FULL_BITS, settings.weight_ceiling) or activation < FULL_BITS
 
 
@@ -293,7 +292,23 @@ def _assert_unchanged(prepared: fx.GraphModule, calibration: _Calibration) -> No
         )
 
 
-def _with_fallback(plan: BitPlan, reconstruction: Reconstruction, units: int, settings: ReconstructionSettings) -> BitPlan:
-    candidates = [unit for unit in reconstruction.units if _can_be_raised(unit.weight_bits, unit.activation_bits, settings)]
-    worst = sorted(candidates, key=lambda unit: -unit.relative_loss)[:units]
-    return replace(plan, raised=frozenset(name for unit in worst for name in unit.layers))
+@within_gpu_memory()
+def _with_fallback(
+    prepared: fx.GraphModule,
+    inputs: Tensor,
+    plan: BitPlan,
+    settings: ReconstructionSettings,
+    count: int,
+    calibration: _Calibration,
+) -> BitPlan:
+    """The plan with 8 bits for the `count` units that the network's outputs are most sensitive to."""
+    quantized = _installed(prepared, plan, settings)
+    units = base_units(quantized, settings)
+    device = moved(prepared, calibration.example, "the sensitivity of its units is measured")
+    with _progress.get().stage("Measuring sensitivities", len(units)) as stage:
+        found = sensitivities(quantized, units, inputs.to(device), settings, stage)
+    candidates = [
+        (sensitivity, unit) for sensitivity, unit in zip(found, units, strict=True) if _can_be_raised(unit, quantized, settings)
+    ]
+    most = sorted(candidates, key=lambda candidate: -candidate[0])[:count]
+    return replace(plan, raised=frozenset(layer.name for _, unit in most for layer in unit.layers))

@@ -44,10 +44,11 @@ def one_trial(
     settings: ReconstructionSettings,
     seed: int,
     workspace: Path | None = None,
+    fallback_units: int = 0,
 ) -> TuningOutcome:
     """A reconstruction through the host's own loop, scored by nothing."""
     request = TuningRequest(weight, activation, settings, max_trials=1, seed=seed)
-    trials = [Trial(settings.granularity or "", settings)]
+    trials = [Trial(settings.granularity or "", settings, fallback_units)]
     adaptor = NeuralCompressorAdaptor()
     return adaptor.tune(exported, images.split(BATCH), trials, request, score=lambda model: 1.0, workspace=workspace)
 

@@ -17,6 +17,9 @@ Methods:
   ours fixed       ours with the weights' step sizes as they are at the start
   ours end to end  ours, and behind it the pass end to end where the outputs are far off
   ours views       the same with views of small images, shifted and mirrored: the defaults
+  ours 1 raised    ours with 8 bits for the unit that the outputs are most sensitive to, as a job's last trials raise it;
+                   also 2 and 4
+  ours 1 by loss   the same for the unit with the largest relative loss in a pass of ours before, which comes on top
   QDrop twice      QDrop with twice the preset's steps, which take about the time of the defaults
   QDrop 20000      QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
 All but ours begin at the nearest integers, leave biases alone and learn from all images to the end, as published. Besides
@@ -31,8 +34,12 @@ their variance, by which methods can be chosen without labels. Test images give 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
+from unittest.mock import patch
 
 import measuring
 import quantizing
@@ -44,8 +51,11 @@ from page import cell
 from rich.console import Console
 from torch import Tensor, nn
 
+from inc_clusterq.adaptors import neural_compressor_algorithm
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.reconstruction.reconstruct import Reconstruction
+from inc_clusterq.reconstruction.graph import Unit
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph
+from inc_clusterq.reconstruction.reconstruct import Reconstruction, UnitReport
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0, "learn_weight_scale": False}
@@ -56,6 +66,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "MRECG ModCap": {**PUBLISHED, "granularity": "modcap"},
     "MRECG loss": {**PUBLISHED, "granularity": "loss"},
 }
+RAISED = (1, 2, 4)  # units that get 8 bits
 METHODS: dict[str, dict[str, Any]] = {
     "nearest": {**PUBLISHED, "granularity": "block", "iterations": 0},
     **LEARNED,
@@ -66,6 +77,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours fixed": {"granularity": "modcap", "learn_weight_scale": False},
     "ours end to end": {"granularity": "modcap", "end_to_end_iterations": None},
     "ours views": {"granularity": "modcap", "end_to_end_iterations": None, "views": None},
+    **{f"ours {count} raised": {"granularity": "modcap", "fallback_units": count} for count in RAISED},
+    **{f"ours {count} by loss": {"granularity": "modcap", "fallback_units": count, "by_loss": True} for count in RAISED},
     "QDrop twice": {**LEARNED["QDrop"], "iterations_times": 2},
     "QDrop 20000": {
         **LEARNED["QDrop"],
@@ -77,6 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT = "nearest,AdaRound,BRECQ,QDrop,MRECG ModCap,MRECG loss,ours"
+NO_SETTINGS = {"iterations_times", "fallback_units", "by_loss"}  # what a method has besides
 MEASURES = ("top1", "output_error", "largest_loss", "largest_ratio", "seconds", "peak_mb")
 
 
@@ -119,8 +133,7 @@ def main() -> None:
             for width, method in product(widths, options.compared):
                 if len(found[width][method]["top1"]) > position:
                     continue
-                settings = _settings(options.preset, METHODS[method])
-                values = _measured(exported, images, width, settings, seed, subject, unseen)
+                values = _measured(exported, images, width, METHODS[method], options.preset, seed, subject, unseen)
                 for measure, value in values.items():
                     found[width][method][measure].append(value)
                 line = ", ".join(f"{measure} {value:.4g}" for measure, value in values.items())
@@ -138,7 +151,8 @@ def _measured(
     exported: nn.Module,
     images: Tensor,
     width: str,
-    settings: ReconstructionSettings,
+    keys: dict[str, Any],
+    preset: str,
     seed: int,
     subject: subjects.Subject,
     unseen: Tensor | None,
@@ -146,7 +160,12 @@ def _measured(
     """One run: every one of MEASURES, but for the error of the outputs where there are no images for it."""
     measuring.forget_peak()
     began = time.perf_counter()
-    outcome = quantizing.one_trial(exported, images, int(width[1]), int(width[3]), settings, seed)
+    request = (exported, images, int(width[1]), int(width[3]), _settings(preset, keys), seed)
+    with ExitStack() as stack:
+        if keys.get("by_loss"):
+            reports = quantizing.one_trial(*request).reconstruction.units
+            stack.enter_context(patch.object(neural_compressor_algorithm, "sensitivities", partial(_losses, reports)))
+        outcome = quantizing.one_trial(*request, fallback_units=keys.get("fallback_units", 0))
     seconds, peak = time.perf_counter() - began, measuring.memory_mb("VmHWM")
     accuracy = measuring.top1(outcome.model, subject.test_inputs, subject.test_labels)
     values = {"top1": accuracy}
@@ -154,6 +173,12 @@ def _measured(
         values["output_error"] = measuring.output_error(outcome.model, subject.model.module, unseen)
     largest_loss, largest_ratio = oscillation(outcome.reconstruction)
     return values | {"largest_loss": largest_loss, "largest_ratio": largest_ratio, "seconds": seconds, "peak_mb": peak}
+
+
+def _losses(reports: Sequence[UnitReport], _: QuantizedGraph, units: Sequence[Unit], *rest: object) -> list[float]:
+    """What stands in for the sensitivity of each unit: the relative loss of the one that it is, or is a part of."""
+    losses = {layer: report.relative_loss for report in reports for layer in report.layers}
+    return [losses[unit.layers[0].name] for unit in units]
 
 
 def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:
@@ -170,7 +195,7 @@ def _settings(preset: str, keys: dict[str, Any]) -> ReconstructionSettings:
     """Of a method, which sees every image as it is and ends with its last unit unless its keys say otherwise."""
     effort = ReconstructionSettings.PRESETS[preset]
     steps = {"iterations": effort["iterations"] * keys.get("iterations_times", 1)}
-    own = {key: value for key, value in keys.items() if key != "iterations_times"}
+    own = {key: value for key, value in keys.items() if key not in NO_SETTINGS}
     plain = {"views": 1, "end_to_end_iterations": 0}
     return ReconstructionSettings.model_validate({**effort, **steps, **plain, **own})
 

@@ -19,7 +19,7 @@ def summary(found: list[Trial]) -> list[tuple[str | None, int]]:
 
 
 def test_modcap_comes_first_then_loss_then_ever_more_units_at_8_bits() -> None:
-    assert summary(trials()) == [("modcap", 0), ("loss", 0), ("loss", 1), ("loss", 2), ("loss", 4), ("loss", 8)]
+    assert summary(trials()) == [("modcap", 0), ("loss", 0), ("modcap", 1), ("modcap", 2), ("modcap", 4), ("modcap", 8)]
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block", "modcap", "loss"])
@@ -47,8 +47,8 @@ def test_there_is_at_least_one_trial_and_never_more_than_allowed(most: int, bits
 def test_the_last_trial_has_all_units_at_8_bits(units: int, raised: list[int]) -> None:
     request = TuningRequest(4, 4, ReconstructionSettings(), units=units, max_trials=100)
     found = list(MRECGStrategy().trials(request))
-    assert summary(found)[2:] == [("loss", count) for count in raised]
-    assert found[-1].label == "loss, all units at 8 bits"
+    assert summary(found)[2:] == [("modcap", count) for count in raised]
+    assert found[-1].label == "modcap, all units at 8 bits"
 
 
 def test_where_no_unit_can_get_more_bits_there_is_nothing_to_fall_back_to() -> None:

@@ -1,0 +1,57 @@
+"""How much each unit by itself spoils the network's outputs, which tells where more bits help most.
+
+    S_i = E || f_i(x) - f(x) ||^2 / E || f(x) - E f(x) ||^2
+with f the float network and f_i the same with unit i alone quantized, its weights rounded as its reconstruction would begin.
+So the sensitivities of ZeroQ (arXiv 2001.00281), with the distance of the outputs in place of their divergence, since outputs
+need not be logits.
+
+A unit's own loss does not tell this: what earlier units lost is in it too, so that it grows with depth, and what becomes of it
+in the layers behind is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.difference import drawn_in
+from inc_clusterq.progress import Stage
+from inc_clusterq.reconstruction.fake_quantize import Mode
+from inc_clusterq.reconstruction.graph import Unit, extract, join
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations, simulated
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+from inc_clusterq.reconstruction.starting import start_unit
+
+IMAGES = 64  # are passed at once, for every unit from there to the end
+EPSILON = 1e-12  # variance of outputs that do not vary
+
+
+@torch.no_grad()
+def sensitivities(
+    quantized: QuantizedGraph,
+    units: Sequence[Unit],  # all of the network, in order
+    inputs: Tensor,  # shape: (N, *shape), calibration images; the first 64 of them are used
+    settings: ReconstructionSettings,
+    stage: Stage,  # of as many steps as there are units
+) -> list[float]:
+    """S of each unit, at least 0. The quantizers of `quantized` are set on the way, and are left in float mode."""
+    entering = inputs[:IMAGES]
+    initialise_activations(quantized, entering, IMAGES)
+    found: list[float] = []
+    settled: set[nn.Module] = set()
+    with in_mode(quantized.graph_module, Mode.FLOAT):
+        wanted = quantized.graph_module(entering)
+        usual = drawn_in(wanted)
+        variance = max(float((usual - usual.mean(0)).square().mean()), EPSILON)
+        for number, unit in enumerate(units):
+            module = extract(quantized.graph_module, unit)
+            to_the_end = extract(quantized.graph_module, join(list(units[number:])))
+            start_unit(quantized, unit, entering, entering, settings, settled, IMAGES)
+            settled.update(simulated(module))
+            with in_mode(module, Mode.HARD):
+                found.append(float((to_the_end(entering) - wanted).square().mean()) / variance)
+            entering = module(entering)
+            stage.advance(1)
+    return found

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_clusterq.progress import NO_STAGE
+from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
+from inc_clusterq.reconstruction.fake_quantize import Mode
+from inc_clusterq.reconstruction.graph import extract
+from inc_clusterq.reconstruction.quantizers import (
+    QuantizedGraph,
+    in_mode,
+    initialise_activations,
+    install_quantizers,
+    simulated,
+)
+from inc_clusterq.reconstruction.reconstruct import base_units
+from inc_clusterq.reconstruction.sensitivity import IMAGES, sensitivities
+from inc_clusterq.reconstruction.settings import ReconstructionSettings
+
+Network = Callable[[str], tuple[nn.Module, Tensor]]
+Quantized = Callable[..., QuantizedGraph]
+NEAREST = ReconstructionSettings(start="nearest", correct_bias=False, granularity="block")
+
+
+def measured(graph: QuantizedGraph, inputs: Tensor, settings: ReconstructionSettings = NEAREST) -> list[float]:
+    return sensitivities(graph, base_units(graph, settings), inputs, settings, NO_STAGE)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "squeeze_excite", "concat", "tied"])
+@torch.no_grad()
+def test_it_is_the_error_of_the_outputs_with_one_unit_quantized_and_all_else_in_float(
+    quantized: Quantized, network: Network, name: str
+) -> None:
+    module, inputs = network(name)
+    found = measured(quantized(name, NEAREST), inputs)
+    other = quantized(name, NEAREST)
+    initialise_activations(other, inputs, len(inputs))
+    wanted = module(inputs)
+    for sensitivity, unit in zip(found, base_units(other, NEAREST), strict=True):
+        with in_mode(extract(other.graph_module, unit), Mode.HARD):
+            error = (other.graph_module(inputs) - wanted).square().mean() / wanted.var(0, correction=0).mean()
+        assert sensitivity == pytest.approx(float(error), rel=1e-3)
+        assert sensitivity > 0
+
+
+def test_the_unit_with_fewer_bits_is_the_most_sensitive_wherever_it_lies(prepared: Callable[..., object]) -> None:
+    for number in (1, 2):
+        plan = BitPlan(8, 8, layers={f"{('one', 'two')[number - 1]}.conv{i}.0": LayerBits(2, 2) for i in (1, 2)})
+        graph = install_quantizers(prepared("residual"), plan, NEAREST)  # type: ignore[arg-type]
+        found = measured(graph, torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+        assert max(range(len(found)), key=found.__getitem__) == number
+
+
+def test_what_the_outputs_do_not_depend_on_has_none(prepared: Callable[..., object], network: Network) -> None:
+    graph = install_quantizers(prepared("chain"), BitPlan(3, 3), NEAREST)  # type: ignore[arg-type]
+    *_, last = graph.units
+    parameters = dict(graph.graph_module.named_parameters())
+    with torch.no_grad():
+        parameters[last.layers[-1].weight].zero_()
+    assert measured(graph, network("chain")[1])[:-1] == pytest.approx([0.0] * (len(base_units(graph, NEAREST)) - 1))
+
+
+def test_a_start_that_keeps_to_the_outputs_makes_units_less_sensitive(quantized: Quantized, network: Network) -> None:
+    inputs, second_order = network("residual")[1], ReconstructionSettings(granularity="block")
+    assert sum(measured(quantized("residual"), inputs, second_order)) < sum(measured(quantized("residual", NEAREST), inputs))
+
+
+def test_the_first_images_are_enough_and_the_graph_is_in_float_afterwards(quantized: Quantized, network: Network) -> None:
+    module, inputs = network("chain")
+    images = torch.cat([inputs] * (IMAGES // len(inputs) + 1))
+    graph = quantized("chain", NEAREST)
+    assert measured(graph, images) == measured(quantized("chain", NEAREST), images[:IMAGES])
+    assert {part.mode for part in simulated(graph.graph_module)} == {Mode.FLOAT}
+    with torch.no_grad():
+        torch.testing.assert_close(graph.graph_module(inputs), module(inputs), rtol=1e-4, atol=1e-5)
