@@ -311,4 +311,6 @@ def _with_fallback(
         (sensitivity, unit) for sensitivity, unit in zip(found, units, strict=True) if _can_be_raised(unit, quantized, settings)
     ]
     most = sorted(candidates, key=lambda candidate: -candidate[0])[:count]
+    for sensitivity, unit in most:
+        logger.info("%s gets %d bits; alone it spoils the outputs by %.3g", unit.name, FULL_BITS, sensitivity)
     return replace(plan, raised=frozenset(layer.name for _, unit in most for layer in unit.layers))
