@@ -40,14 +40,14 @@ from inc_clusterq.nodes import is_observer
 from inc_clusterq.placement import CPU, moved, within_gpu_memory
 from inc_clusterq.precision import float32_by_default
 from inc_clusterq.progress import SILENT, Progress
-from inc_clusterq.reconstruction.bits import FULL_BITS, BitPlan
+from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
-from inc_clusterq.reconstruction.fake_quantize import ActivationQuantizer, WeightQuantizer
+from inc_clusterq.reconstruction.fake_quantize import WeightQuantizer
 from inc_clusterq.reconstruction.granularity import explicit_units
-from inc_clusterq.reconstruction.graph import Unit, extract, replace_observers
-from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers, lowest_bits
+from inc_clusterq.reconstruction.graph import replace_observers
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
-from inc_clusterq.reconstruction.sensitivity import sensitivities
+from inc_clusterq.reconstruction.sensitivity import can_be_raised, most_sensitive
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
@@ -261,14 +261,7 @@ def count_units(exported: nn.Module, config: MRECGConfig) -> int:
     settings = config.reconstruction_settings()
     quantized = _installed(prepared, config.bit_plan(), settings)
     _assert_unchanged(prepared, calibration)
-    return sum(_can_be_raised(unit, quantized, settings) for unit in base_units(quantized, settings))
-
-
-def _can_be_raised(unit: Unit, quantized: QuantizedGraph, settings: ReconstructionSettings) -> bool:
-    """Whether the unit has fewer bits than one that was raised."""
-    module = extract(quantized.graph_module, unit)
-    weight, activation = lowest_bits(module, WeightQuantizer), lowest_bits(module, ActivationQuantizer)
-    return weight < min(FULL_BITS, settings.weight_ceiling) or activation < FULL_BITS
+    return sum(can_be_raised(unit, quantized, settings) for unit in base_units(quantized, settings))
 
 
 def _installed(prepared: fx.GraphModule, plan: BitPlan, settings: ReconstructionSettings) -> QuantizedGraph:
@@ -303,14 +296,6 @@ def _with_fallback(
 ) -> BitPlan:
     """The plan with 8 bits for the `count` units that the network's outputs are most sensitive to."""
     quantized = _installed(prepared, plan, settings)
-    units = base_units(quantized, settings)
     device = moved(prepared, calibration.example, "the sensitivity of its units is measured")
-    with _progress.get().stage("Measuring sensitivities", len(units)) as stage:
-        found = sensitivities(quantized, units, inputs.to(device), settings, stage)
-    candidates = [
-        (sensitivity, unit) for sensitivity, unit in zip(found, units, strict=True) if _can_be_raised(unit, quantized, settings)
-    ]
-    most = sorted(candidates, key=lambda candidate: -candidate[0])[:count]
-    for sensitivity, unit in most:
-        logger.info("%s gets %d bits; alone it spoils the outputs by %.3g", unit.name, FULL_BITS, sensitivity)
-    return replace(plan, raised=frozenset(layer.name for _, unit in most for layer in unit.layers))
+    raised = most_sensitive(quantized, inputs.to(device), settings, count, _progress.get())
+    return replace(plan, raised=frozenset(layer.name for unit in raised for layer in unit.layers))

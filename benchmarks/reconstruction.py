@@ -51,8 +51,8 @@ from page import cell
 from rich.console import Console
 from torch import Tensor, nn
 
-from inc_clusterq.adaptors import neural_compressor_algorithm
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
+from inc_clusterq.reconstruction import sensitivity
 from inc_clusterq.reconstruction.graph import Unit
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, UnitReport
@@ -164,7 +164,7 @@ def _measured(
     with ExitStack() as stack:
         if keys.get("by_loss"):
             reports = quantizing.one_trial(*request).reconstruction.units
-            stack.enter_context(patch.object(neural_compressor_algorithm, "sensitivities", partial(_losses, reports)))
+            stack.enter_context(patch.object(sensitivity, "sensitivities", partial(_losses, reports)))
         outcome = quantizing.one_trial(*request, fallback_units=keys.get("fallback_units", 0))
     seconds, peak = time.perf_counter() - began, measuring.memory_mb("VmHWM")
     accuracy = measuring.top1(outcome.model, subject.test_inputs, subject.test_labels)
