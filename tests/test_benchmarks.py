@@ -124,6 +124,20 @@ def test_the_reconstruction_benchmark_measures_every_method(root: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_a_network_with_a_single_unit_below_8_bits_has_one_way_to_raise_it(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text(LOAD)
+    figures = tmp_path / "figures.json"
+    options = ("--nets", "mine", "--widths", "W3A3", "--seeds", "0", "--preset", "fast", "--json", str(figures))
+    methods = ("--methods", "ours,ours 1 raised,ours 1 by loss")
+    done = run(root, "reconstruction.py", "--data", str(tmp_path), *options, "--images", "20", *methods)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(figures.read_text())["nets"]["mine"]["widths"]["W3A3"]
+    as_it_is, raised, by_loss = ([values[measure][0] for measure in ("top1", "output_error")] for values in measured.values())
+    assert raised == by_loss
+    assert raised[1] < as_it_is[1] / 10
+
+
+@pytest.mark.slow
 def test_a_continued_record_keeps_what_it_has_and_measures_the_rest(root: Path, tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(LOAD)
     figures = tmp_path / "figures.json"
