@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from inc_clusterq.deployment.qdq import convert
+from inc_clusterq.progress import NO_STAGE
 from inc_clusterq.reconstruction import second_order
 from inc_clusterq.reconstruction.bits import BitPlan
 from inc_clusterq.reconstruction.checkpoint import UnitStore
@@ -17,7 +18,8 @@ from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.graph import extract
 from inc_clusterq.reconstruction.layers import WEIGHTED
 from inc_clusterq.reconstruction.quantizers import in_mode, install_quantizers
-from inc_clusterq.reconstruction.reconstruct import reconstruct
+from inc_clusterq.reconstruction.reconstruct import base_units, reconstruct
+from inc_clusterq.reconstruction.sensitivity import sensitivities
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 pytestmark = pytest.mark.slow
@@ -71,6 +73,11 @@ def test_a_known_architecture_is_cut_reconstructed_and_converted(
         for unit in graph.units:
             x = extract(graph.graph_module, unit)(x)
     torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+    nearest = settings.model_copy(update={"start": "nearest", "correct_bias": False})
+    alone = torch.tensor(sensitivities(graph, base_units(graph, settings), inputs, nearest, NO_STAGE))
+    assert bool(alone.isfinite().all())
+    assert float(alone.max()) > 0
 
     reconstruct(graph, inputs, settings, seed=0, store=UnitStore())
     simulated = graph.graph_module(inputs * 2)
