@@ -47,7 +47,7 @@ from inc_clusterq.reconstruction.granularity import explicit_units
 from inc_clusterq.reconstruction.graph import replace_observers
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph, install_quantizers
 from inc_clusterq.reconstruction.reconstruct import Reconstruction, base_units, reconstruct
-from inc_clusterq.reconstruction.sensitivity import can_be_raised, most_sensitive
+from inc_clusterq.reconstruction.sensitivity import can_be_raised, most_harmful
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 logger = logging.getLogger(__name__)
@@ -294,8 +294,8 @@ def _with_fallback(
     count: int,
     calibration: _Calibration,
 ) -> BitPlan:
-    """The plan with 8 bits for the `count` units that the network's outputs are most sensitive to."""
+    """The plan with 8 bits for the `count` units that most of what is off at the outputs comes from."""
     quantized = _installed(prepared, plan, settings)
     device = moved(prepared, calibration.example, "the sensitivity of its units is measured")
-    raised = most_sensitive(quantized, inputs.to(device), settings, count, _progress.get())
+    raised = most_harmful(quantized, inputs.to(device), settings, count, _progress.get())
     return replace(plan, raised=frozenset(layer.name for unit in raised for layer in unit.layers))

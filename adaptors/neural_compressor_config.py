@@ -56,7 +56,7 @@ class MRECGConfig(TorchBaseConfig):
         w_bits: bits of the weights, 2 to 8, symmetric per channel.
         act_bits: bits of the activations, 2 to 8, unsigned affine per tensor.
         granularity: "layer", "block", "modcap", "loss" or "explicit"; see `ReconstructionSettings`.
-        fallback_units: this many units, those that the outputs are most sensitive to, get 8 bits.
+        fallback_units: this many units, those that most of what is off at the outputs comes from, get 8 bits.
         layer_bits: exact module name -> (weight bits, bits of the input); None in a place: as the rest.
         kind_bits: the same for all layers of a kind: "dense", "depthwise", "grouped" or "linear"; `layer_bits` is stronger.
         preset: effort, "fast", "balanced" or "best"; the keys below override it.

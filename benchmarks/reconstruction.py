@@ -17,8 +17,8 @@ Methods:
   ours fixed       ours with the weights' step sizes as they are at the start
   ours end to end  ours, and behind it the pass end to end where the outputs are far off
   ours views       the same with views of small images, shifted and mirrored: the defaults
-  ours 1 raised    ours with 8 bits for the unit that the outputs are most sensitive to, as a job's last trials raise it;
-                   also 2 and 4
+  ours 1 raised    ours with 8 bits for the unit that does the outputs the most harm, as a job's last trials raise it; also 2
+                   and 4
   ours 1 by loss   the same for the unit with the largest relative loss in a pass of ours before, which comes on top
   QDrop twice      QDrop with twice the preset's steps, which take about the time of the defaults
   QDrop 20000      QDrop with the published number of steps, images per step and rate of the rounding, whatever the preset
@@ -164,7 +164,7 @@ def _measured(
     with ExitStack() as stack:
         if keys.get("by_loss"):
             reports = quantizing.one_trial(*request).reconstruction.units
-            stack.enter_context(patch.object(sensitivity, "sensitivities", partial(_losses, reports)))
+            stack.enter_context(patch.multiple(sensitivity, sensitivities=partial(_losses, reports), contributions=_first))
         outcome = quantizing.one_trial(*request, fallback_units=keys.get("fallback_units", 0))
     seconds, peak = time.perf_counter() - began, measuring.memory_mb("VmHWM")
     accuracy = measuring.top1(outcome.model, subject.test_inputs, subject.test_labels)
@@ -175,10 +175,17 @@ def _measured(
     return values | {"largest_loss": largest_loss, "largest_ratio": largest_ratio, "seconds": seconds, "peak_mb": peak}
 
 
-def _losses(reports: Sequence[UnitReport], _: QuantizedGraph, units: Sequence[Unit], *rest: object) -> list[float]:
+def _losses(
+    reports: Sequence[UnitReport], _: QuantizedGraph, units: Sequence[Unit], *rest: object
+) -> tuple[list[float], float]:
     """What stands in for the sensitivity of each unit: the relative loss of the one that it is, or is a part of."""
     losses = {layer: report.relative_loss for report in reports for layer in report.layers}
-    return [losses[unit.layers[0].name] for unit in units]
+    return [losses[unit.layers[0].name] for unit in units], 0.0
+
+
+def _first(alone: list[float], together: float) -> list[float]:
+    """What comes from each unit is what stands in for its sensitivity."""
+    return alone
 
 
 def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:

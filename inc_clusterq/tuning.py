@@ -50,7 +50,7 @@ class Trial:
 
     label: str
     settings: ReconstructionSettings
-    fallback_units: int = 0  # this many units, those that the outputs are most sensitive to, get 8 bits
+    fallback_units: int = 0  # this many units, those that do the outputs the most harm, get 8 bits
 
 
 @dataclass(frozen=True)

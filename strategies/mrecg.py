@@ -1,10 +1,10 @@
-"""The MRECG tuning strategy: joint granularity first, then sensitive units at 8 bits (arXiv 2303.11906, Sec. 3.3).
+"""The MRECG tuning strategy: joint granularity first, then harmful units at 8 bits (arXiv 2303.11906, Sec. 3.3).
 
 Order of the trials, cheapest promise first:
   1. ModCap granularity: needs no pass of its own.
   2. Loss granularity: one base pass, whose units are reused; the paper's global optimum.
-  3. The first again with 1, 2, 4, ... units at 8 bits, those first that the network's outputs are most sensitive to, until all
-     are; the base pass of the second costs as much time again, and docs/methods.md shows no gain by it.
+  3. The first again with 1, 2, 4, ... units at 8 bits, those first that do its outputs the most harm, until all are; the base
+     pass of the second costs as much time again, and docs/methods.md shows no gain by it.
 A granularity that the user fixed leaves out the choice between 1 and 2.
 """
 

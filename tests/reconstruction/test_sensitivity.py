@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from inc_clusterq.progress import NO_STAGE
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.fake_quantize import Mode
-from inc_clusterq.reconstruction.graph import extract
+from inc_clusterq.reconstruction.graph import extract, join
 from inc_clusterq.reconstruction.quantizers import (
     QuantizedGraph,
     in_mode,
@@ -18,7 +18,7 @@ from inc_clusterq.reconstruction.quantizers import (
     simulated,
 )
 from inc_clusterq.reconstruction.reconstruct import base_units
-from inc_clusterq.reconstruction.sensitivity import IMAGES, sensitivities
+from inc_clusterq.reconstruction.sensitivity import IMAGES, contributions, sensitivities
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 Network = Callable[[str], tuple[nn.Module, Tensor]]
@@ -27,7 +27,7 @@ NEAREST = ReconstructionSettings(start="nearest", correct_bias=False, granularit
 
 
 def measured(graph: QuantizedGraph, inputs: Tensor, settings: ReconstructionSettings = NEAREST) -> list[float]:
-    return sensitivities(graph, base_units(graph, settings), inputs, settings, NO_STAGE)
+    return sensitivities(graph, base_units(graph, settings), inputs, settings, NO_STAGE)[0]
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "squeeze_excite", "concat", "tied"])
@@ -36,12 +36,13 @@ def test_it_is_the_error_of_the_outputs_with_one_unit_quantized_and_all_else_in_
     quantized: Quantized, network: Network, name: str
 ) -> None:
     module, inputs = network(name)
-    found = measured(quantized(name, NEAREST), inputs)
-    other = quantized(name, NEAREST)
+    graph, other = quantized(name, NEAREST), quantized(name, NEAREST)
+    units = base_units(other, NEAREST)
+    alone, together = sensitivities(graph, base_units(graph, NEAREST), inputs, NEAREST, NO_STAGE)
     initialise_activations(other, inputs, len(inputs))
     wanted = module(inputs)
-    for sensitivity, unit in zip(found, base_units(other, NEAREST), strict=True):
-        with in_mode(extract(other.graph_module, unit), Mode.HARD):
+    for sensitivity, quantized_part in zip([*alone, together], [*units, join(list(units))], strict=True):
+        with in_mode(extract(other.graph_module, quantized_part), Mode.HARD):
             error = (other.graph_module(inputs) - wanted).square().mean() / wanted.var(0, correction=0).mean()
         assert sensitivity == pytest.approx(float(error), rel=1e-3)
         assert sensitivity > 0
@@ -77,3 +78,19 @@ def test_the_first_images_are_enough_and_the_graph_is_in_float_afterwards(quanti
     assert {part.mode for part in simulated(graph.graph_module)} == {Mode.FLOAT}
     with torch.no_grad():
         torch.testing.assert_close(graph.graph_module(inputs), module(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "expected"),
+    [
+        ([4.0, 2.0, 1.0], 3.0, [1.0, 1.0, 1.0]),  # every unit hands on a half
+        ([9.0, 3.0, 16.0], 23.3125, [9 * 0.75**2, 3 * 0.75, 16.0]),
+        ([4.0, 2.0, 1.0], 9.0, [4.0, 2.0, 1.0]),  # what units lose does not shrink
+        ([4.0, 2.0, 1.0], 0.1, [1.0, 1.0, 1.0]),  # no unit takes away more than half
+        ([0.0, 0.0], 0.0, [0.0, 0.0]),
+    ],
+)
+def test_every_unit_hands_on_the_share_with_which_all_of_them_add_up(
+    alone: list[float], together: float, expected: list[float]
+) -> None:
+    assert contributions(alone, together) == pytest.approx(expected, rel=1e-6)

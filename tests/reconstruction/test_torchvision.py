@@ -75,9 +75,9 @@ def test_a_known_architecture_is_cut_reconstructed_and_converted(
     torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
     nearest = settings.model_copy(update={"start": "nearest", "correct_bias": False})
-    alone = torch.tensor(sensitivities(graph, base_units(graph, settings), inputs, nearest, NO_STAGE))
-    assert bool(alone.isfinite().all())
-    assert float(alone.max()) > 0
+    alone, together = sensitivities(graph, base_units(graph, settings), inputs, nearest, NO_STAGE)
+    assert bool(torch.tensor([*alone, together]).isfinite().all())
+    assert max(alone) > 0
 
     reconstruct(graph, inputs, settings, seed=0, store=UnitStore())
     simulated = graph.graph_module(inputs * 2)
