@@ -51,11 +51,13 @@ from page import cell
 from rich.console import Console
 from torch import Tensor, nn
 
+from inc_clusterq.adaptors import neural_compressor_algorithm
 from inc_clusterq.adaptors.neural_compressor import NeuralCompressorAdaptor
-from inc_clusterq.reconstruction import sensitivity
+from inc_clusterq.progress import Progress
 from inc_clusterq.reconstruction.graph import Unit
 from inc_clusterq.reconstruction.quantizers import QuantizedGraph
-from inc_clusterq.reconstruction.reconstruct import Reconstruction, UnitReport
+from inc_clusterq.reconstruction.reconstruct import Reconstruction, UnitReport, base_units
+from inc_clusterq.reconstruction.sensitivity import can_be_raised
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
 
 PUBLISHED: dict[str, Any] = {"start": "nearest", "correct_bias": False, "validation_share": 0, "learn_weight_scale": False}
@@ -164,7 +166,7 @@ def _measured(
     with ExitStack() as stack:
         if keys.get("by_loss"):
             reports = quantizing.one_trial(*request).reconstruction.units
-            stack.enter_context(patch.multiple(sensitivity, sensitivities=partial(_losses, reports), contributions=_first))
+            stack.enter_context(patch.object(neural_compressor_algorithm, "most_harmful", partial(_of_largest_loss, reports)))
         outcome = quantizing.one_trial(*request, fallback_units=keys.get("fallback_units", 0))
     seconds, peak = time.perf_counter() - began, measuring.memory_mb("VmHWM")
     accuracy = measuring.top1(outcome.model, subject.test_inputs, subject.test_labels)
@@ -175,17 +177,18 @@ def _measured(
     return values | {"largest_loss": largest_loss, "largest_ratio": largest_ratio, "seconds": seconds, "peak_mb": peak}
 
 
-def _losses(
-    reports: Sequence[UnitReport], _: QuantizedGraph, units: Sequence[Unit], *rest: object
-) -> tuple[list[float], float]:
-    """What stands in for the sensitivity of each unit: the relative loss of the one that it is, or is a part of."""
+def _of_largest_loss(
+    reports: Sequence[UnitReport],
+    quantized: QuantizedGraph,
+    _: Tensor,
+    settings: ReconstructionSettings,
+    count: int,
+    progress: Progress,
+) -> list[Unit]:
+    """What `most_harmful` would be by relative losses; a part of a joined unit has that of the whole."""
     losses = {layer: report.relative_loss for report in reports for layer in report.layers}
-    return [losses[unit.layers[0].name] for unit in units], 0.0
-
-
-def _first(alone: list[float], together: float) -> list[float]:
-    """What comes from each unit is what stands in for its sensitivity."""
-    return alone
+    candidates = [unit for unit in base_units(quantized, settings) if can_be_raised(unit, quantized, settings)]
+    return sorted(candidates, key=lambda unit: -losses[unit.layers[0].name])[:count]
 
 
 def oscillation(reconstruction: Reconstruction) -> tuple[float, float]:

@@ -4,7 +4,7 @@ Order of the trials, cheapest promise first:
   1. ModCap granularity: needs no pass of its own.
   2. Loss granularity: one base pass, whose units are reused; the paper's global optimum.
   3. The first again with 1, 2, 4, ... units at 8 bits, those first that do its outputs the most harm, until all are; the base
-     pass of the second costs as much time again, and docs/methods.md shows no gain by it.
+     pass of the second costs half as much time again or more, and docs/methods.md shows no gain by it.
 A granularity that the user fixed leaves out the choice between 1 and 2.
 """
 

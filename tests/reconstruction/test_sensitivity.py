@@ -6,17 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inc_clusterq.attributes import attribute
 from inc_clusterq.progress import NO_STAGE
 from inc_clusterq.reconstruction.bits import BitPlan, LayerBits
 from inc_clusterq.reconstruction.fake_quantize import Mode
 from inc_clusterq.reconstruction.graph import extract, join
-from inc_clusterq.reconstruction.quantizers import (
-    QuantizedGraph,
-    in_mode,
-    initialise_activations,
-    install_quantizers,
-    simulated,
-)
+from inc_clusterq.reconstruction.quantizers import QuantizedGraph, in_mode, initialise_activations, simulated
 from inc_clusterq.reconstruction.reconstruct import base_units
 from inc_clusterq.reconstruction.sensitivity import IMAGES, contributions, sensitivities
 from inc_clusterq.reconstruction.settings import ReconstructionSettings
@@ -48,21 +43,20 @@ def test_it_is_the_error_of_the_outputs_with_one_unit_quantized_and_all_else_in_
         assert sensitivity > 0
 
 
-def test_the_unit_with_fewer_bits_is_the_most_sensitive_wherever_it_lies(prepared: Callable[..., object]) -> None:
-    for number in (1, 2):
-        plan = BitPlan(8, 8, layers={f"{('one', 'two')[number - 1]}.conv{i}.0": LayerBits(2, 2) for i in (1, 2)})
-        graph = install_quantizers(prepared("residual"), plan, NEAREST)  # type: ignore[arg-type]
-        found = measured(graph, torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-        assert max(range(len(found)), key=found.__getitem__) == number
+@pytest.mark.parametrize(("block", "number"), [("one", 1), ("two", 2)])
+def test_the_unit_with_fewer_bits_is_the_most_sensitive_wherever_it_lies(
+    quantized: Quantized, network: Network, block: str, number: int
+) -> None:
+    plan = BitPlan(8, 8, layers={f"{block}.conv{i}.0": LayerBits(2, 2) for i in (1, 2)})
+    found = measured(quantized("residual", NEAREST, plan), network("residual")[1])
+    assert found.index(max(found)) == number
 
 
-def test_what_the_outputs_do_not_depend_on_has_none(prepared: Callable[..., object], network: Network) -> None:
-    graph = install_quantizers(prepared("chain"), BitPlan(3, 3), NEAREST)  # type: ignore[arg-type]
-    *_, last = graph.units
-    parameters = dict(graph.graph_module.named_parameters())
+def test_what_the_outputs_do_not_depend_on_has_none(quantized: Quantized, network: Network) -> None:
+    graph = quantized("chain", NEAREST)
     with torch.no_grad():
-        parameters[last.layers[-1].weight].zero_()
-    assert measured(graph, network("chain")[1])[:-1] == pytest.approx([0.0] * (len(base_units(graph, NEAREST)) - 1))
+        attribute(graph.graph_module, graph.units[-1].layers[-1].weight).zero_()
+    assert max(measured(graph, network("chain")[1])[:-1]) == 0
 
 
 def test_a_start_that_keeps_to_the_outputs_makes_units_less_sensitive(quantized: Quantized, network: Network) -> None:
